@@ -1,0 +1,1 @@
+"""diskmorph: convert disk images, machine packages and container file systems into each other."""

@@ -1,0 +1,149 @@
+"""What is asked of a conversion and what is told of it: plain, frozen data that can be sent elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from diskmorph.formats.limits import Limits
+from diskmorph.formats.policy import Parents
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+class Progress(NamedTuple):
+    """How far a job is: bytes of the disk done, of how many, in which phase."""
+
+    phase: str
+    done: int
+    total: int
+
+
+OnProgress = "Callable[[Progress], None]"
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertOptions:
+    """How to convert. Sizes in bytes; defaults are the command line's.
+
+    - `source_format`, `target_format`: else by content, and by the target's suffix.
+    - `format_options`: the `-o` words of the target's format.
+    - `compress`: None, "default", or CODEC[:LEVEL] such as "zstd" or "deflate:9".
+    - `base`: write an overlay on this image, only what differs from it (`-B`).
+    - `snapshot`: an internal snapshot as the source.
+    - `size`: another virtual size; data is never cut.
+    - `zero_unit`: unit of zero detection (`-S`); 0 writes everything, holes included.
+    - `profile`: a target's name (`--for azure`).
+    - `digest`, `verify`, `reproducible`, `sync`, `force`, `dry_run`, `device`: as on the command line.
+    - `rate`: bytes a second at most; `threads`: workers (None: one a core).
+    - `parents`, `limits`: what the source may open and cost.
+    """
+
+    source_format: str | None = None
+    target_format: str | None = None
+    format_options: Mapping[str, str] = field(default_factory=dict)
+    compress: str | None = None
+    base: Path | str | None = None
+    base_format: str | None = None
+    snapshot: str | None = None
+    size: int | None = None
+    zero_unit: int = 4096
+    profile: str | None = None
+    digest: bool = False
+    verify: bool = False
+    reproducible: bool = False
+    rate: int | None = None
+    sync: bool = True
+    force: bool = False
+    dry_run: bool = False
+    device: bool = False
+    threads: int | None = None
+    parents: Parents = field(default_factory=Parents)
+    limits: Limits = field(default_factory=Limits)
+
+
+@dataclass(slots=True)
+class Moved:
+    """Bytes of the disk by how they were moved; they sum to the virtual size."""
+
+    cloned: int = 0
+    copied: int = 0
+    encoded: int = 0
+    passed: int = 0
+    skipped: int = 0
+
+    def total(self) -> int:
+        """Return the sum."""
+        return self.cloned + self.copied + self.encoded + self.passed + self.skipped
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertReport:
+    """What was done (or with `dry_run` would be). Sizes in bytes; `lost` names what the target cannot hold."""
+
+    source: str
+    target: str
+    format: str
+    virtual_size: int
+    stored_size: int
+    bytes: Moved
+    seconds: float
+    verified: bool
+    lost: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    digest: str | None = None
+    members: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the JSON object of docs/json.md."""
+        report = asdict(self)
+        report["lost"] = list(self.lost)
+        report["notes"] = list(self.notes)
+        report["members"] = list(self.members)
+        return report
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """The size that a target would have: `required` bytes now, `fully_allocated` with every unit stored."""
+
+    format: str
+    required: int
+    fully_allocated: int
+    exact: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Whether two disks hold the same bytes; `ranges` are (start, length) of what differs, the first `max` of them."""
+
+    identical: bool
+    first_difference: int | None
+    ranges: tuple[tuple[int, int], ...]
+    sizes: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Digest:
+    """The hash of a disk's content as the guest sees it."""
+
+    file: str
+    algorithm: str
+    digest: str
+    virtual_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class CheckResult:
+    """What a check found and, with repair, mended; see formats/check.py for findings."""
+
+    file: str
+    format: str
+    clean: bool
+    corruptions: int
+    leaks: int
+    repaired: int
+    findings: tuple[dict[str, Any], ...]
+    journal: str | None = None

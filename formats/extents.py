@@ -1,0 +1,220 @@
+"""Extents: the table that says, for each range of a disk, what it is and where its bytes lie.
+
+All functions work on whole arrays; nothing here makes a Python object per row.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from diskmorph.formats.errors import FormatError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from numpy.typing import NDArray
+
+# One row: the range [start, start + length) of the disk, in bytes.
+EXTENT = np.dtype(
+    [
+        ("start", "<u8"),
+        ("length", "<u8"),
+        ("offset", "<u8"),  # DATA: where the bytes, plain or encoded, begin in files[file]
+        ("stored", "<u4"),  # encoded only: encoded bytes, an upper bound where the format rounds
+        ("skip", "<u4"),  # encoded only: decoded bytes to drop first
+        ("file", "<u4"),  # index into Disk.files
+        ("kind", "u1"),
+        ("codec", "u1"),
+        ("depth", "u1"),  # 0: the image itself; 1: its parent; ...
+        ("flags", "u1"),
+    ]
+)
+
+# kind
+DATA, ZERO, HOLE, ABSENT = range(4)
+KIND_NAMES = ("data", "zero", "hole", "absent")
+# codec: one registry for all formats (formats/codecs.py decodes them)
+PLAIN, DEFLATE, ZLIB, ZSTD, BZIP2, LZMA, LZO, ADC, LZFSE = range(9)
+CODEC_NAMES = ("plain", "deflate", "zlib", "zstd", "bzip2", "lzma", "lzo", "adc", "lzfse")
+
+BATCH = 1 << 15
+"""Rows of a batch, about: what `extents()` yields at once (1.3 MB)."""
+
+Rows = "NDArray[np.void]"
+
+
+def row(
+    start: int,
+    length: int,
+    kind: int,
+    *,
+    offset: int = 0,
+    file: int = 0,
+    codec: int = PLAIN,
+    stored: int = 0,
+    skip: int = 0,
+) -> NDArray[np.void]:
+    """Return one extent as an array of one row."""
+    rows = np.zeros(1, EXTENT)
+    rows[0] = (start, length, offset, stored, skip, file, kind, codec, 0, 0)
+    return rows
+
+
+def stops(rows: NDArray[np.void]) -> NDArray[np.uint64]:
+    """Return the exclusive end of each row."""
+    end: NDArray[np.uint64] = rows["start"] + rows["length"]
+    return end
+
+
+def _advance(rows: NDArray[np.void], delta: NDArray[np.uint64]) -> None:
+    """Move the beginnings of rows by `delta` bytes, in place; their ends stay."""
+    encoded = rows["codec"] != PLAIN
+    rows["start"] += delta
+    rows["length"] -= delta
+    rows["skip"] += np.where(encoded, delta, 0).astype(np.uint32)
+    rows["offset"] += np.where((rows["kind"] == DATA) & ~encoded, delta, np.uint64(0))
+
+
+def clip(rows: NDArray[np.void], start: int, stop: int) -> NDArray[np.void]:
+    """Return the part of sorted rows within start..stop, as a copy."""
+    ends = stops(rows)
+    first = int(np.searchsorted(ends, np.uint64(start), side="right"))
+    last = int(np.searchsorted(rows["start"], np.uint64(stop), side="left"))
+    out = rows[first:last].copy()
+    if not len(out):
+        return out
+    if int(out["start"][0]) < start:
+        _advance(out[:1], np.array([start - int(out["start"][0])], np.uint64))
+    over = int(out["start"][-1]) + int(out["length"][-1]) - stop
+    if over > 0:
+        out["length"][-1] -= np.uint64(over)
+    return out
+
+
+def cut(rows: NDArray[np.void], bounds: NDArray[np.uint64]) -> NDArray[np.void]:
+    """Return the rows split at every bound (sorted disk offsets) that lies inside one; gapless rows stay gapless."""
+    if not len(rows):
+        return rows
+    starts = rows["start"]
+    end = starts[-1] + rows["length"][-1]
+    inner = bounds[(bounds > starts[0]) & (bounds < end)]
+    points = np.union1d(starts, inner)
+    if len(points) == len(rows):
+        return rows
+    index = np.searchsorted(starts, points, side="right") - 1
+    out = rows[index]
+    delta = points - out["start"]
+    _advance(out, delta)
+    out["length"][:-1] = np.minimum(out["length"][:-1], points[1:] - points[:-1])
+    return out
+
+
+def coalesce(rows: NDArray[np.void]) -> NDArray[np.void]:
+    """Return the rows with neighbours merged that continue each other.
+
+    ZERO, HOLE and ABSENT continue their like; plain DATA continues where its bytes do; encoded rows continue where they
+    are further bytes of the same encoded unit.
+    """
+    if len(rows) < 2:
+        return rows
+    a, b = rows[:-1], rows[1:]
+    same = (
+        (a["kind"] == b["kind"]) & (a["depth"] == b["depth"]) & (a["codec"] == b["codec"]) & (a["flags"] == b["flags"])
+    )
+    same &= a["start"] + a["length"] == b["start"]
+    data = a["kind"] == DATA
+    plain = a["codec"] == PLAIN
+    follows = a["offset"] + np.where(plain, a["length"], np.uint64(0)) == b["offset"]
+    follows &= plain | (a["skip"] + a["length"] == b["skip"])
+    same &= ~data | ((a["file"] == b["file"]) & follows)
+    heads = np.concatenate(([0], np.flatnonzero(~same) + 1))
+    if len(heads) == len(rows):
+        return rows
+    out = rows[heads]
+    out["length"] = np.add.reduceat(rows["length"], heads)
+    return out
+
+
+def coalesced(batches: Iterable[NDArray[np.void]], most: int = BATCH) -> Iterator[NDArray[np.void]]:
+    """Merge neighbours within and across batches, join small batches and split large ones: about `most` rows each."""
+    held: list[NDArray[np.void]] = []
+    count = 0
+    for batch in batches:
+        if not len(batch):
+            continue
+        rows = coalesce(batch)
+        held.append(rows)
+        count += len(rows)
+        if count < most:
+            continue
+        rows = coalesce(np.concatenate(held))
+        while len(rows) > most:
+            yield rows[:most]
+            rows = rows[most:]
+        held, count = [rows], len(rows)
+    if held:
+        rows = coalesce(np.concatenate(held))
+        for at in range(0, len(rows), most):
+            yield rows[at : at + most]
+
+
+def from_units(
+    first: int,
+    unit: int,
+    kinds: NDArray[Any],
+    offsets: NDArray[Any],
+    size: int,
+    *,
+    codec: NDArray[Any] | int = PLAIN,
+    stored: NDArray[Any] | int = 0,
+    file: NDArray[Any] | int = 0,
+) -> NDArray[np.void]:
+    """Return coalesced extents of consecutive units of `unit` bytes, the first being number `first`.
+
+    `kinds` and `offsets` (bytes) have one value per unit; `codec`, `stored` and `file` one, or one for all. The last
+    unit is cut to the disk's `size`.
+    """
+    count = len(kinds)
+    rows = np.zeros(count, EXTENT)
+    rows["start"] = np.arange(first, first + count, dtype=np.uint64) * np.uint64(unit)
+    rows["length"] = unit
+    rows["kind"] = kinds
+    data = rows["kind"] == DATA
+    rows["offset"] = np.where(data, np.asarray(offsets, np.uint64), np.uint64(0))
+    rows["codec"] = np.where(data, codec, PLAIN)
+    rows["stored"] = np.where(rows["codec"] != PLAIN, stored, 0)
+    rows["file"] = np.where(data, file, 0)
+    return coalesce(clip(rows, 0, size))
+
+
+def require_within(
+    rows: NDArray[np.void], sizes: list[int], *, file: str, format: str, structure: str, allow_partial_unit: int = 0
+) -> None:
+    """Raise FormatError for the first DATA row whose bytes lie beyond the end of its file.
+
+    `sizes` has one size per file index. Plain rows may pass the end by `allow_partial_unit` bytes less one, where the
+    format lets a file end inside its last unit; encoded rows must begin inside.
+    """
+    data = np.flatnonzero(rows["kind"] == DATA)
+    if not len(data):
+        return
+    part = rows[data]
+    ends = np.asarray(sizes, np.uint64)[part["file"]]
+    plain = part["codec"] == PLAIN
+    reach = part["offset"] + np.where(plain, part["length"], np.uint64(1))
+    reach -= np.minimum(np.where(plain, np.uint64(max(allow_partial_unit - 1, 0)), np.uint64(0)), reach)
+    bad = np.flatnonzero(reach > ends)
+    if not len(bad):
+        return
+    worst = part[bad[0]]
+    raise FormatError(
+        f"the image is truncated: the {structure} of disk offset {int(worst['start'])} lies beyond its end",
+        file=file,
+        format=format,
+        structure=structure,
+        field="offset",
+        offset=int(worst["offset"]),
+        expected=f"{int(worst['length'])} bytes",
+        found=f"the end at {int(ends[bad[0]])}",
+    )

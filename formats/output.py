@@ -1,0 +1,404 @@
+"""Targets that appear whole or not at all: files, a block device, standard output.
+
+A `Target` holds one `Member` for each file of the image. Members are written under no name (or a temporary one) and
+take their names in `commit`; leaving the context without `commit` leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import stat
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, Self
+
+from diskmorph.formats.errors import IntegrityError, TargetError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from diskmorph.formats.source import Buffer
+
+_ZEROES = bytes(1 << 20)
+
+
+def _failed(error: OSError, name: str, doing: str = "written") -> TargetError:
+    hint = "make room, or choose another place" if error.errno in {errno.ENOSPC, errno.EDQUOT} else None
+    return TargetError(f"cannot be {doing}: {os.strerror(error.errno or 0)}", file=name, hint=hint)
+
+
+class Member(ABC):
+    """One file of a target. `fresh`: what was never written reads as zeroes. `write` may be called from any thread."""
+
+    name: str
+    fresh: bool
+
+    @abstractmethod
+    def write(self, offset: int, data: Buffer) -> None:
+        """Write all of `data` at `offset`. Raises TargetError."""
+
+    def fileno(self) -> int | None:
+        """Return a descriptor for copy_file_range, where there is one."""
+        return None
+
+    def zero(self, offset: int, length: int) -> None:
+        """Make a range read as zeroes."""
+        if self.fresh:
+            return
+        while length:
+            count = min(length, len(_ZEROES))
+            self.write(offset, _ZEROES[:count])
+            offset, length = offset + count, length - count
+
+
+class FileMember(Member):
+    """A file that is being written under no name or a temporary one."""
+
+    fresh = True
+
+    def __init__(self, directory: int, path: Path) -> None:
+        self.path = path
+        self.name = str(path)
+        self._directory = directory
+        self._temporary: str | None = None
+        self._fd = self._create()
+
+    def _create(self) -> int:
+        try:
+            flags = os.O_RDWR | os.O_CLOEXEC
+            with contextlib.suppress(OSError, AttributeError):
+                return os.open(self.path.parent, flags | os.O_TMPFILE, 0o666)
+            self._temporary = f".{self.path.name[:200]}.{secrets.token_hex(4)}.part"
+            return os.open(self._temporary, flags | os.O_CREAT | os.O_EXCL, 0o666, dir_fd=self._directory)
+        except OSError as error:
+            raise _failed(error, self.name, "created") from error
+
+    def write(self, offset: int, data: Buffer) -> None:
+        """See Member."""
+        view = memoryview(data).cast("B")
+        try:
+            while view:
+                count = os.pwrite(self._fd, view, offset)
+                offset, view = offset + count, view[count:]
+        except OSError as error:
+            raise _failed(error, self.name) from error
+
+    def fileno(self) -> int | None:
+        """See Member."""
+        return self._fd
+
+    def resize(self, size: int) -> None:
+        """Give the file its final size."""
+        try:
+            os.ftruncate(self._fd, size)
+        except OSError as error:
+            raise _failed(error, self.name) from error
+
+    def reserve(self, offset: int, length: int) -> None:
+        """Reserve room for a range on the file system."""
+        try:
+            os.posix_fallocate(self._fd, offset, length)
+        except OSError as error:
+            raise _failed(error, self.name) from error
+
+    def sync(self) -> None:
+        """Wait until the file's bytes are on stable storage."""
+        try:
+            os.fsync(self._fd)
+        except OSError as error:
+            raise _failed(error, self.name, "synced") from error
+
+    def keep_ownership_of(self, old: os.stat_result) -> None:
+        """Take over mode and owner of the file that is replaced, as far as allowed."""
+        os.fchmod(self._fd, stat.S_IMODE(old.st_mode))
+        with contextlib.suppress(OSError):
+            os.fchown(self._fd, old.st_uid, old.st_gid)
+
+    def publish(self, *, replace: bool) -> None:
+        """Give the file its name, atomically; without `replace` fail if the name is taken."""
+        try:
+            if not replace:
+                self._link(self.path.name)
+                self.discard()
+                return
+            if self._temporary is None:
+                name = f".{self.path.name[:200]}.{secrets.token_hex(4)}.part"
+                self._link(name)
+                self._temporary = name
+            os.rename(self._temporary, self.path.name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+            self._temporary = None
+        except FileExistsError as error:
+            raise TargetError("exists already", file=self.name, hint="replace it with --force") from error
+        except OSError as error:
+            raise _failed(error, self.name, "named") from error
+
+    def _link(self, name: str) -> None:
+        source = f"/proc/self/fd/{self._fd}" if self._temporary is None else self._temporary
+        os.link(source, name, src_dir_fd=self._directory, dst_dir_fd=self._directory, follow_symlinks=True)
+
+    def discard(self) -> None:
+        """Remove the temporary name, if there is one."""
+        if self._temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(self._temporary, dir_fd=self._directory)
+            self._temporary = None
+
+    def close(self) -> None:
+        """Close the file; without `publish` nothing of it remains."""
+        self.discard()
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class Target(ABC):
+    """What a conversion writes to: a context manager; `commit` makes it real.
+
+    `members` stand in the order of `Allocator.members`.
+    """
+
+    members: Sequence[Member]
+
+    @abstractmethod
+    def commit(self, sizes: Sequence[int]) -> None:
+        """Give every member its size and make the target appear. Raises TargetError."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Leave nothing behind that was not committed."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class FileTarget(Target):
+    """Files in one directory, named by `names`, the first being the one that describes the others.
+
+    Members are synced and named last to first. With `force` existing files are replaced, their mode and owner kept; of
+    several members the old first file is moved away before and restored on failure, so that it never meets new members.
+    """
+
+    def __init__(self, directory: Path, names: Sequence[str], *, force: bool = False, sync: bool = True) -> None:
+        self._force, self._sync = force, sync
+        self._opened: list[FileMember] = []
+        try:
+            self._directory = os.open(directory or Path(), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise TargetError(
+                f"the target's folder cannot be opened: {os.strerror(error.errno or 0)}", file=str(directory)
+            ) from error
+        try:
+            for name in names:
+                self._refuse_existing(directory / name)
+            for name in names:
+                self._opened.append(FileMember(self._directory, directory / name))
+        except BaseException:
+            self.close()
+            raise
+        self.members = self._opened
+
+    def _refuse_existing(self, path: Path) -> None:
+        try:
+            status = path.lstat()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise _failed(error, str(path), "created") from error
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode)):
+            hint = "a block device is written with --device" if stat.S_ISBLK(status.st_mode) else None
+            raise TargetError("exists and is not a regular file", file=str(path), hint=hint)
+        if not self._force:
+            raise TargetError("exists already", file=str(path), hint="replace it with --force")
+
+    def commit(self, sizes: Sequence[int]) -> None:
+        """See Target."""
+        for member, size in zip(self._opened, sizes, strict=True):
+            member.resize(size)
+        for member in reversed(self._opened):
+            old = _status(member.path)
+            if old is not None and stat.S_ISREG(old.st_mode):
+                member.keep_ownership_of(old)
+            if self._sync:
+                member.sync()
+        aside = self._move_aside() if len(self._opened) > 1 else None
+        named: list[FileMember] = []
+        try:
+            for member in reversed(self._opened):
+                member.publish(replace=self._force)
+                named.append(member)
+        except BaseException:
+            self._take_back(named, aside)
+            raise
+        if aside is not None:
+            os.unlink(aside, dir_fd=self._directory)
+        self._sync_directory()
+
+    def _move_aside(self) -> str | None:
+        first = self._opened[0].path.name
+        aside = f".{first[:200]}.{secrets.token_hex(4)}.old"
+        try:
+            os.rename(first, aside, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise _failed(error, self._opened[0].name, "replaced") from error
+        return aside
+
+    def _take_back(self, named: Sequence[FileMember], aside: str | None) -> None:
+        """Remove members that have their names already, where they replaced nothing; restore the old first file."""
+        for member in named:
+            if not self._force:
+                with contextlib.suppress(OSError):
+                    os.unlink(member.path.name, dir_fd=self._directory)
+        if aside is not None:
+            with contextlib.suppress(OSError):
+                os.rename(aside, self._opened[0].path.name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+
+    def _sync_directory(self) -> None:
+        if not self._sync:
+            return
+        try:
+            os.fsync(self._directory)
+        except OSError as error:
+            raise _failed(error, self._opened[0].name, "synced, though it is complete") from error
+
+    def close(self) -> None:
+        """See Target."""
+        for member in self._opened:
+            member.close()
+        if self._directory >= 0:
+            os.close(self._directory)
+            self._directory = -1
+
+
+def _status(path: Path) -> os.stat_result | None:
+    try:
+        return path.lstat()
+    except OSError:
+        return None
+
+
+class StreamMember(Member):
+    """A pipe or any other binary stream: written in order, gaps filled with zeroes."""
+
+    fresh = True
+
+    def __init__(self, stream: BinaryIO, name: str) -> None:
+        self.name = name
+        self._stream = stream
+        self.at = 0
+
+    def write(self, offset: int, data: Buffer) -> None:
+        """See Member; `offset` may not lie before what was written."""
+        if offset < self.at:
+            raise IntegrityError(
+                "a stream cannot be written backwards", file=self.name, offset=offset, expected=self.at
+            )
+        self.advance(offset)
+        self._put(data)
+
+    def advance(self, offset: int) -> None:
+        """Write zeroes up to `offset`."""
+        while self.at < offset:
+            self._put(_ZEROES[: offset - self.at])
+
+    def _put(self, data: Buffer) -> None:
+        try:
+            self._stream.write(data)
+        except OSError as error:
+            raise _failed(error, self.name) from error
+        self.at += memoryview(data).nbytes
+
+
+class StreamTarget(Target):
+    """Standard output, or any binary stream."""
+
+    def __init__(self, stream: BinaryIO, name: str = "standard output") -> None:
+        self._stream = stream
+        self._member = StreamMember(stream, name)
+        self.members = (self._member,)
+
+    def commit(self, sizes: Sequence[int]) -> None:
+        """See Target."""
+        self._member.advance(sizes[0])
+        try:
+            self._stream.flush()
+        except OSError as error:
+            raise _failed(error, self._member.name) from error
+
+    def close(self) -> None:
+        """See Target; the stream stays open."""
+
+
+class DeviceMember(Member):
+    """A block device, written in place: nothing in it is fresh."""
+
+    fresh = False
+
+    def __init__(self, path: Path, size: int) -> None:
+        self.name = str(path)
+        flags = os.O_RDWR | os.O_CLOEXEC | os.O_EXCL  # O_EXCL: refused while mounted or held
+        try:
+            self._fd = os.open(path, flags)
+            if not stat.S_ISBLK(os.fstat(self._fd).st_mode):
+                raise TargetError("is not a block device", file=self.name)
+            self.capacity = os.lseek(self._fd, 0, os.SEEK_END)
+        except OSError as error:
+            hint = "unmount it and stop what holds it" if error.errno == errno.EBUSY else None
+            raise TargetError(
+                f"cannot be opened: {os.strerror(error.errno or 0)}", file=self.name, hint=hint
+            ) from error
+        if self.capacity < size:
+            raise TargetError("is too small", file=self.name, expected=f"{size} bytes", found=self.capacity)
+
+    def write(self, offset: int, data: Buffer) -> None:
+        """See Member."""
+        view = memoryview(data).cast("B")
+        try:
+            while view:
+                count = os.pwrite(self._fd, view, offset)
+                offset, view = offset + count, view[count:]
+        except OSError as error:
+            raise _failed(error, self.name).located(offset=offset) from error
+
+    def fileno(self) -> int | None:
+        """See Member."""
+        return self._fd
+
+    def sync(self) -> None:
+        """Wait until the bytes are on the device."""
+        try:
+            os.fsync(self._fd)
+        except OSError as error:
+            raise _failed(error, self.name, "synced") from error
+
+    def close(self) -> None:
+        """Close the device."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class DeviceTarget(Target):
+    """A block device that the user named with `--device`. A failure leaves its content undefined."""
+
+    def __init__(self, path: Path, size: int, *, sync: bool = True) -> None:
+        self._member = DeviceMember(path, size)
+        self._sync = sync
+        self.members = (self._member,)
+
+    def commit(self, sizes: Sequence[int]) -> None:
+        """See Target."""
+        del sizes
+        if self._sync:
+            self._member.sync()
+
+    def close(self) -> None:
+        """See Target."""
+        self._member.close()
