@@ -181,7 +181,8 @@ class FileTarget(Target):
     """Files in one directory, named by `names`, the first being the one that describes the others.
 
     Members are synced and named last to first. With `force` existing files are replaced, their mode and owner kept; of
-    several members the old first file is moved away before and restored on failure, so that it never meets new members.
+    several members the old ones are moved away before, the first first, and restored on failure, so that an old
+    descriptor never meets new members.
     """
 
     def __init__(self, directory: Path, names: Sequence[str], *, force: bool = False, sync: bool = True) -> None:
@@ -226,7 +227,7 @@ class FileTarget(Target):
                 member.keep_ownership_of(old)
             if self._sync:
                 member.sync()
-        aside = self._move_aside() if len(self._opened) > 1 else None
+        aside = self._move_aside() if self._force and len(self._opened) > 1 else []
         named: list[FileMember] = []
         try:
             for member in reversed(self._opened):
@@ -235,30 +236,36 @@ class FileTarget(Target):
         except BaseException:
             self._take_back(named, aside)
             raise
-        if aside is not None:
-            os.unlink(aside, dir_fd=self._directory)
+        for _, old in aside:
+            with contextlib.suppress(OSError):
+                os.unlink(old, dir_fd=self._directory)
         self._sync_directory()
 
-    def _move_aside(self) -> str | None:
-        first = self._opened[0].path.name
-        aside = f".{first[:200]}.{secrets.token_hex(4)}.old"
-        try:
-            os.rename(first, aside, src_dir_fd=self._directory, dst_dir_fd=self._directory)
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise _failed(error, self._opened[0].name, "replaced") from error
-        return aside
+    def _move_aside(self) -> list[tuple[str, str]]:
+        """Rename the old files, the describing one first; return (name, temporary name) of each."""
+        moved: list[tuple[str, str]] = []
+        for member in self._opened:
+            name = member.path.name
+            old = f".{name[:200]}.{secrets.token_hex(4)}.old"
+            try:
+                os.rename(name, old, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                self._take_back([], moved)
+                raise _failed(error, member.name, "replaced") from error
+            moved.append((name, old))
+        return moved
 
-    def _take_back(self, named: Sequence[FileMember], aside: str | None) -> None:
-        """Remove members that have their names already, where they replaced nothing; restore the old first file."""
-        for member in named:
-            if not self._force:
+    def _take_back(self, named: Sequence[FileMember], aside: Sequence[tuple[str, str]]) -> None:
+        """Remove members that have their names already and restore the old files, the describing one last."""
+        if aside or not self._force:
+            for member in named:
                 with contextlib.suppress(OSError):
                     os.unlink(member.path.name, dir_fd=self._directory)
-        if aside is not None:
+        for name, old in reversed(aside):
             with contextlib.suppress(OSError):
-                os.rename(aside, self._opened[0].path.name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+                os.rename(old, name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
 
     def _sync_directory(self) -> None:
         if not self._sync:

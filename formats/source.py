@@ -73,7 +73,7 @@ class ByteSource(ABC):
 
     def read_upto(self, offset: int, length: int) -> bytes:
         """Return `length` bytes from `offset`, or fewer (even none) where the source ends before; for probing."""
-        offset = max(offset, 0)
+        offset = min(max(offset, 0), self.size)
         return self.read(offset, max(0, min(length, self.size - offset)))
 
     def runs(self, start: int, stop: int) -> Iterator[tuple[int, int, bool]]:
