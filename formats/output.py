@@ -236,9 +236,9 @@ class FileTarget(Target):
         except BaseException:
             self._take_back(named, aside)
             raise
-        for _, old in aside:
+        for _, moved in aside:
             with contextlib.suppress(OSError):
-                os.unlink(old, dir_fd=self._directory)
+                os.unlink(moved, dir_fd=self._directory)
         self._sync_directory()
 
     def _move_aside(self) -> list[tuple[str, str]]:
