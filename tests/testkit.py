@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
 from diskmorph.formats.allocator import RUN, Allocator, Identity, NewImage, NewParent
 from diskmorph.formats.extents import ABSENT, DATA, HOLE, PLAIN, ZERO
 from diskmorph.formats.registry import load, open_disk, require_format

@@ -7,6 +7,7 @@ import stat
 from pathlib import Path
 
 import pytest
+
 from diskmorph.formats.errors import IntegrityError, TargetError
 from diskmorph.formats.output import FileMember, FileTarget, StreamTarget
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
+
 from diskmorph.formats.errors import DiskmorphError, PolicyError, SourceError
 from diskmorph.formats.policy import Opener, Parents
 from diskmorph.formats.source import BytesSource, FileSource

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+
 from diskmorph.formats.errors import FormatError, IntegrityError, PolicyError, SourceError
 from diskmorph.formats.source import BytesSource, FilePool, FileSource, WindowSource
 
