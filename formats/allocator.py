@@ -16,14 +16,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+
 from diskmorph.formats.errors import OptionError
 from diskmorph.formats.extents import PLAIN
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from diskmorph.formats.source import Buffer
     from numpy.typing import NDArray
+
+    from diskmorph.formats.source import Buffer
 
 # A run that the pipeline asks a place for. Plain runs are any number of grains long; encoded ones are one unit each,
 # `size` being the bytes that `frame` returned. Plain runs begin and end on multiples of `grain`, or at the disk's end.

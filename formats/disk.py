@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+
 from diskmorph.formats.codecs import decode
 from diskmorph.formats.errors import DiskmorphError, FormatError, PolicyError
 from diskmorph.formats.extents import ABSENT, DATA, EXTENT, HOLE, PLAIN, coalesced, stops
@@ -17,8 +18,9 @@ from diskmorph.formats.extents import ABSENT, DATA, EXTENT, HOLE, PLAIN, coalesc
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from diskmorph.formats.source import ByteSource
     from numpy.typing import NDArray
+
+    from diskmorph.formats.source import ByteSource
 
 _CACHED_UNITS = 16
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
 from diskmorph.formats.errors import FormatError
 
 if TYPE_CHECKING:

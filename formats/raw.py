@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+
 from diskmorph.formats.allocator import PLACED, Allocator, NewImage, Option, OptionReader, Write
 from diskmorph.formats.check import CheckReport
 from diskmorph.formats.disk import ImageDisk, ImageInfo
@@ -14,9 +15,10 @@ from diskmorph.formats.extents import DATA, HOLE, PLAIN, row
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from numpy.typing import NDArray
+
     from diskmorph.formats.registry import OpenContext
     from diskmorph.formats.source import ByteSource
-    from numpy.typing import NDArray
 
 OPTIONS = (Option("preallocation", "off|falloc|full", "off", "reserve the target's room, or write it all"),)
 SUBFORMATS: tuple[str, ...] = ()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+
 from diskmorph.formats.disk import Disk
 from diskmorph.formats.extents import ABSENT, DATA, EXTENT, HOLE, ZERO, clip, cut, row, stops
 from diskmorph.formats.source import ByteSource, BytesSource
@@ -16,8 +17,9 @@ from diskmorph.formats.source import ByteSource, BytesSource
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from diskmorph.formats.source import Buffer
     from numpy.typing import NDArray
+
+    from diskmorph.formats.source import Buffer
 
 
 class Zero(Disk):
