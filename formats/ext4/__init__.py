@@ -1,0 +1,1 @@
+"""See reader and writer."""

@@ -1,0 +1,98 @@
+"""From a path to a `Tree`, whatever it is: a directory, an archive, a container image, a file system in a disk."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diskmorph.formats.errors import DiskmorphError, FormatError, OptionError
+from diskmorph.formats.limits import Limits
+from diskmorph.formats.source import ByteSource, FileSource
+
+if TYPE_CHECKING:
+    from diskmorph.formats.tree import Tree
+
+TREE_FORMATS = ("directory", "tar", "docker-archive", "oci", "oci-archive")
+
+
+def tree_format(path: str | os.PathLike[str]) -> str | None:
+    """Return which kind of tree a path is, by its content: one of TREE_FORMATS; None if it is none of them.
+
+    `oci:`, `oci-archive:` and `docker-archive:` before a name decide. Raises SourceError if it cannot be read.
+    """
+    prefix, _ = _prefixed(os.fspath(path))
+    if prefix:
+        return prefix
+    if Path(path).is_dir():
+        return "oci" if (Path(path) / "oci-layout").is_file() else "directory"
+    with FileSource(path) as source:
+        return _archive_format(source)
+
+
+def open_tree(
+    path: str | os.PathLike[str],
+    *,
+    format: str | None = None,
+    platform: str | None = None,
+    limits: Limits | None = None,
+) -> Tree:
+    """Open a directory, an archive or a container image as a tree.
+
+    Archives may be compressed (gzip, zstd, xz): they are decoded once into an unlinked file in `$TMPDIR`. `format`
+    decides where content is ambiguous; `platform` (`os/architecture[/variant]`) chooses from an image index. Close the
+    tree, or use it in `with`. Raises FormatError, UnsupportedError, SourceError, OptionError.
+    """
+    limits = limits or Limits()
+    prefix, name = _prefixed(os.fspath(path))
+    found = format or prefix or tree_format(name)
+    if found == "directory":
+        from diskmorph.formats.directory import read_directory  # noqa: PLC0415 - what is used is loaded
+
+        return read_directory(name, limits=limits)
+    if found in {"oci", "oci-archive", "docker-archive"}:
+        from diskmorph.formats.oci import open_image  # noqa: PLC0415
+
+        return open_image(name, format=found, platform=platform, limits=limits).tree()
+    if found == "tar":
+        return _open_tar(FileSource(name), limits)
+    if found is None:
+        raise FormatError("is no tree: no directory, archive or container image", file=name)
+    raise OptionError(f"{found} is no format of trees", hint=f"one of {', '.join(TREE_FORMATS)}")
+
+
+def _open_tar(source: ByteSource, limits: Limits) -> Tree:
+    from diskmorph.formats.spool import decoded  # noqa: PLC0415
+    from diskmorph.formats.tar import read_tar  # noqa: PLC0415
+
+    plain = source
+    try:
+        plain = decoded(source, limits)
+        return read_tar(plain, limits=limits, name=source.name)
+    except DiskmorphError as error:
+        plain.close()
+        source.close()
+        raise error.located(file=source.name, format="tar") from error.__cause__
+
+
+def _archive_format(source: ByteSource) -> str | None:
+    """Return the kind of archive a file is."""
+    from diskmorph.formats.spool import codec_of, head_of  # noqa: PLC0415
+    from diskmorph.formats.tar.schema import is_tar  # noqa: PLC0415
+
+    head = head_of(source, 512)
+    if not is_tar(head):
+        return None
+    if codec_of(source) is not None:
+        return "tar"
+    from diskmorph.formats.oci import archive_format  # noqa: PLC0415
+
+    return archive_format(source) or "tar"
+
+
+def _prefixed(path: str) -> tuple[str | None, str]:
+    """Split `oci:DIR` and the like; a name that exists as it is has no prefix."""
+    for word in ("oci-archive", "docker-archive", "oci"):
+        if path.startswith(word + ":") and not Path(path).exists():
+            return word, path[len(word) + 1 :]
+    return None, path
