@@ -118,6 +118,8 @@ class VdiAllocator(Allocator):
     def _header(self) -> Header:
         parent = self._image.parent.identity if self._image.parent is not None else {}
         identity = self._image.identity
+        # With --reproducible a child may have its parent's seed; its identity must be another one.
+        over = parent.get("modify uuid")
         return Header(
             version=VERSION_1_1,
             type=self._type,
@@ -131,8 +133,8 @@ class VdiAllocator(Allocator):
             blocks=self._blocks,
             blocks_allocated=self._allocated,
             allocated_at=0,
-            create_uuid=identity.uuid("vdi create"),
-            modify_uuid=identity.uuid("vdi modify"),
+            create_uuid=identity.uuid(f"vdi create over {over}"),
+            modify_uuid=identity.uuid(f"vdi modify over {over}"),
             linkage_uuid=uuid.UUID(parent["uuid"]) if parent else _NO_UUID,
             parent_modify_uuid=uuid.UUID(parent["modify uuid"]) if parent else _NO_UUID,
         )
