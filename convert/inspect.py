@@ -1,0 +1,237 @@
+"""What `info` tells: an image's headers, its chain, every signature found, partitions and file systems inside."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from diskmorph.formats import fsprobe, gpt
+from diskmorph.formats.errors import DiskmorphError, PolicyError
+from diskmorph.formats.limits import Limits
+from diskmorph.formats.policy import Opener, Parents
+from diskmorph.formats.registry import OpenContext, identify, open_chain, open_layer, open_layers
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterable, Sequence
+
+    from diskmorph.formats.disk import Disk, ImageDisk, ParentRef
+    from diskmorph.formats.fsprobe import FileSystem
+    from diskmorph.formats.gpt import Partition, PartitionTable
+    from diskmorph.formats.probe import Format, Signature
+    from diskmorph.formats.source import ByteSource
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What lies inside a disk: its partition table, the file system of each partition by number, and of the whole."""
+
+    table: PartitionTable | None = None
+    filesystems: dict[int, FileSystem] = field(default_factory=dict)
+    whole: FileSystem | None = None
+    warnings: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the keys `partition_table`, `partitions` and `filesystem` of docs/json.md."""
+        table = self.table
+        return {
+            "partition_table": table
+            and {"scheme": table.scheme, "id": table.disk_id, "sector_size": table.sector_size},
+            "partitions": [self._partition(partition) for partition in table.partitions] if table else [],
+            "filesystem": self.whole and asdict(self.whole),
+        }
+
+    def _partition(self, partition: Partition) -> dict[str, Any]:
+        inside = self.filesystems.get(partition.number)
+        return {
+            "number": partition.number,
+            "type": partition.type,
+            "type_name": partition.type_name,
+            "name": partition.name,
+            "start": partition.start,
+            "length": partition.length,
+            "uuid": partition.uuid,
+            "bootable": partition.bootable,
+            "filesystem": inside and asdict(inside),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What is known of one image. Sizes in bytes; `guessed`: no signature was found, so it counts as raw."""
+
+    image: ImageDisk
+    file: str
+    format: str
+    stored_size: int
+    allocated_size: int
+    signatures: tuple[Signature, ...]
+    guessed: bool
+    content: Content = field(default_factory=Content)
+    chain: tuple[Inspection, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the JSON object of docs/json.md."""
+        info = self.image.info
+        report = {
+            "file": self.file,
+            "format": self.format,
+            "subformat": info.subformat,
+            "virtual_size": self.image.size,
+            "stored_size": self.stored_size,
+            "allocated_size": self.allocated_size,
+            "sector_size": self.image.sector_size,
+            "allocation_unit": info.allocation_unit,
+            "features": dict(info.features),
+            "snapshots": [asdict(snapshot) for snapshot in info.snapshots],
+            "bitmaps": list(info.bitmaps),
+            "parent": _parent_dict(info.parent),
+            "signatures": [asdict(signature) for signature in self.signatures],
+            "guessed": self.guessed,
+            **self.content.as_dict(),
+            "warnings": [*info.warnings, *self.content.warnings],
+        }
+        if self.chain:
+            report["chain"] = [layer.as_dict() for layer in self.chain]
+        return report
+
+
+def _parent_dict(parent: ParentRef | None) -> dict[str, Any] | None:
+    if parent is None:
+        return None
+    expects = {key: list(values) for key, values in parent.expects.items()}
+    return {"names": list(parent.names), "format": parent.format, "expects": expects}
+
+
+def inspect(
+    path: str | os.PathLike[str],
+    *,
+    format: str | None = None,
+    parents: Parents | str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | None = None,
+    limits: Limits | None = None,
+    chain: bool = False,
+    inside: bool = True,
+) -> Inspection:
+    """Tell what an image is, from its headers.
+
+    Its parent need not be there or allowed, unless `chain` asks for every layer. `inside` looks for partitions and file
+    systems too; what cannot be read there becomes a warning. Raises FormatError, UnsupportedError, PolicyError,
+    SourceError, OptionError.
+    """
+    limits = limits or Limits()
+    opener = Opener(Parents.of(parents), limits)
+    context = OpenContext(opener, limits)
+    source = opener.user_file(path)
+    try:
+        entry, found = identify(source, format)
+        if chain:
+            layers = open_layers(source, entry, context)
+            below = tuple(_inspection(layer, layer.name, _signatures(layer), guessed=False) for layer in layers)
+            for layer in layers:
+                layer.close()
+            source = opener.user_file(path)
+        else:
+            below = ()
+        image = open_layer(source, entry, context)
+    except BaseException:
+        source.close()
+        raise
+    with image:
+        content = _content(source, entry, image, context) if inside else Content()
+        guessed = format is None and not any(signature.outer for signature in found)
+        return _inspection(image, str(path), found, guessed=guessed, content=content, chain=below)
+
+
+def _signatures(layer: ImageDisk) -> Sequence[Signature]:
+    from diskmorph.formats.probe import signatures  # noqa: PLC0415 - chains only
+
+    return signatures(layer.files[0]) if layer.files else ()
+
+
+def _inspection(
+    image: ImageDisk,
+    file: str,
+    found: Sequence[Signature],
+    *,
+    guessed: bool,
+    content: Content | None = None,
+    chain: tuple[Inspection, ...] = (),
+) -> Inspection:
+    stored = [_stored(source) for source in image.files]
+    return Inspection(
+        image,
+        file,
+        image.info.format,
+        sum(size for size, _ in stored),
+        sum(room for _, room in stored),
+        tuple(found),
+        guessed,
+        content or Content(),
+        chain,
+    )
+
+
+def _stored(source: ByteSource) -> tuple[int, int]:
+    """Return a file's length and the room that it takes on its file system, in bytes."""
+    path = source.path
+    if path is None:
+        return source.size, source.size
+    try:
+        return source.size, path.stat().st_blocks * 512
+    except OSError:
+        return source.size, source.size
+
+
+def _content(source: ByteSource, entry: Format, image: ImageDisk, context: OpenContext) -> Content:
+    """Return what lies inside; a disk that cannot be read, whole or in part, is a warning."""
+    if image.info.parent is None:
+        return look_inside(image)
+    try:
+        disk = open_chain(source, entry, context)
+    except PolicyError as error:
+        return Content(warnings=(f"what lies inside is unknown without the parent: {error.hint or error.problem}",))
+    except DiskmorphError as error:
+        return Content(warnings=(f"what lies inside is unknown: {error}",))
+    return look_inside(disk)
+
+
+def look_inside(disk: Disk) -> Content:
+    """Return a disk's partitions and file systems; what cannot be read becomes a warning."""
+    warnings: list[str] = []
+    table = None
+    try:
+        table = gpt.read_table(disk)
+    except DiskmorphError as error:
+        warnings.append(f"the partition table cannot be read: {error}")
+    if table is not None:
+        warnings.extend(table.warnings)
+    filesystems: dict[int, FileSystem] = {}
+    for partition in table.partitions if table else ():
+        found = _probe(disk, partition.start, partition.length, f"partition {partition.number}", warnings)
+        if found is not None and not partition.type_name.startswith("extended"):
+            filesystems[partition.number] = found
+    whole = _probe(disk, 0, disk.size, "the disk", warnings)
+    return Content(table, filesystems, whole, tuple(warnings))
+
+
+def _probe(disk: Disk, start: int, length: int, what: str, warnings: list[str]) -> FileSystem | None:
+    if start >= disk.size:
+        return None
+    try:
+        return fsprobe.probe(disk, start, length)
+    except DiskmorphError as error:
+        warnings.append(f"{what} cannot be read: {error}")
+        return None
+
+
+def ambiguity(found: Sequence[Signature], chosen: Format) -> str | None:
+    """Return what to tell where an image carries the signatures of several formats that could each hold it."""
+    others = [signature for signature in found if signature.outer and signature.format != chosen.name]
+    if not others:
+        return None
+    rest = ", ".join(f"{signature.what} at {signature.offset}" for signature in others)
+    names = ", ".join(dict.fromkeys(signature.format for signature in others))
+    return f"read as {chosen.name}, but there is also a {rest}; if it is {names}, say so with -f {others[0].format}"
+
+
+__all__ = ["Content", "Inspection", "ambiguity", "inspect", "look_inside"]

@@ -1,0 +1,170 @@
+"""`convert` itself: plan, write beside the target's name, verify, commit, report."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diskmorph.convert.copy import Transfer, run
+from diskmorph.convert.options import ConvertOptions, ConvertReport, Moved, Progress
+from diskmorph.convert.plan import STDOUT, Plan, make_plan
+from diskmorph.formats.errors import OptionError, TargetError, UnsupportedError
+from diskmorph.formats.output import DeviceTarget, FileTarget, StreamTarget, Target
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from diskmorph.formats.disk import Disk
+
+
+def convert(
+    source: str | os.PathLike[str] | Disk,
+    target: str | os.PathLike[str],
+    *,
+    options: ConvertOptions | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> ConvertReport:
+    """Convert a disk into another format; return what was done.
+
+    `source` is a path, `-` for standard input, or an open Disk; `target` a path, or `-` for standard output, where the
+    format can be streamed. The target appears complete or not at all; an existing one needs `options.force`. Progress
+    is told in bytes of the disk, from the calling thread.
+
+    Raises DiskmorphError: OptionError, TargetError, FormatError, UnsupportedError, PolicyError, SourceError,
+    IntegrityError.
+    """
+    begun = time.monotonic()
+    options = options or ConvertOptions()
+    with make_plan(source, target, options) as plan:
+        if not options.dry_run:
+            refuse_own_files(plan)
+        moved, sizes, digest, verified = _perform(plan, on_progress)
+        return ConvertReport(
+            source=plan.source.name,
+            target=plan.target,
+            format=plan.format.name,
+            virtual_size=plan.disk.size,
+            stored_size=sum(sizes),
+            bytes=moved,
+            seconds=time.monotonic() - begun,
+            verified=verified,
+            lost=plan.lost,
+            notes=plan.notes,
+            digest=digest,
+            members=tuple(plan.allocator.members),
+        )
+
+
+def _perform(
+    plan: Plan, on_progress: Callable[[Progress], None] | None
+) -> tuple[Moved, tuple[int, ...], str | None, bool]:
+    options = plan.options
+    digest = _Digest(plan) if options.digest else None
+    transfer = transfer_of(plan)
+    if options.dry_run:
+        moved = run(transfer, None, None, on_progress)
+        return moved, tuple(plan.allocator.sizes()), digest.value() if digest else None, False
+    with _new_target(plan) as target:
+        folder = Path(plan.target).parent if isinstance(target, FileTarget) else None
+        moved = run(transfer, target, folder, on_progress)
+        sizes = tuple(plan.allocator.sizes())
+        text = digest.value() if digest else None
+        plan.source.disk.verify_unchanged()
+        if plan.base is not None:
+            plan.base.disk.verify_unchanged()
+        verified = False
+        if options.verify:
+            from diskmorph.convert.verify import verify  # noqa: PLC0415 - only when asked for
+
+            verify(plan, target, sizes, on_progress)
+            verified = True
+        target.commit(sizes)
+    return moved, sizes, text, verified
+
+
+def transfer_of(plan: Plan) -> Transfer:
+    """Return what the pipeline shall move for a plan."""
+    options = plan.options
+    return Transfer(
+        disk=plan.disk,
+        allocator=plan.allocator,
+        base=plan.base.disk if plan.base is not None else None,
+        zero_unit=options.zero_unit,
+        holes=options.reproducible,
+        rate=options.rate,
+        threads=options.threads,
+    )
+
+
+class _Digest:
+    """The source's SHA-256, computed beside the conversion."""
+
+    def __init__(self, plan: Plan) -> None:
+        import threading  # noqa: PLC0415
+
+        self._disk = plan.disk
+        self._value: str | None = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def _work(self) -> None:
+        from diskmorph.convert.digest import content_digest  # noqa: PLC0415
+
+        try:
+            self._value = content_digest(self._disk)
+        except BaseException as error:  # noqa: BLE001 - raised again by `value`
+            self._error = error
+
+    def value(self) -> str | None:
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+
+def _new_target(plan: Plan) -> Target:
+    options, allocator = plan.options, plan.allocator
+    if plan.target == STDOUT:
+        if not allocator.sequential or len(allocator.members) > 1:
+            raise UnsupportedError(
+                f"{plan.format.name} cannot be written to standard output: its tables come after its data",
+                feature="streaming",
+                hint="raw, fixed VHD and streamOptimized VMDK can; or write to a file",
+            )
+        return StreamTarget(sys.stdout.buffer)
+    path = Path(plan.target)
+    if options.device:
+        if len(allocator.members) > 1:
+            raise OptionError("an image of several files cannot be written to a device")
+        return DeviceTarget(path, _foretold(plan), sync=options.sync)
+    folder = path.parent
+    return FileTarget(folder, list(allocator.members), force=options.force, sync=options.sync)
+
+
+def _foretold(plan: Plan) -> int:
+    """Return the bytes that a device must have at least; what else is needed shows when it is written."""
+    return plan.disk.size if plan.format.name == "raw" else 0
+
+
+def refuse_own_files(plan: Plan) -> None:
+    """Raise TargetError where the target is one of the files that are read; a symbolic link to one may be replaced."""
+    if plan.target == STDOUT:
+        return
+    files = [*plan.source.files, *(plan.base.files if plan.base is not None else [])]
+    read = {source.identity[:2]: source.name for source in files}
+    folder = Path(plan.target).parent
+    for member in plan.allocator.members:
+        try:
+            status = (folder / member).lstat()
+        except OSError:
+            continue
+        name = read.get((status.st_dev, status.st_ino))
+        if name is not None and not stat.S_ISLNK(status.st_mode):
+            raise TargetError(
+                f"is the same file as {name}, which is read", file=str(folder / member), hint="write to another name"
+            )

@@ -1,0 +1,210 @@
+"""What will be done: the source opened and given its size, the target's layout made, what is lost named."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diskmorph.convert.opening import Opened, open_source
+from diskmorph.convert.targets import Profile, applied, padded
+from diskmorph.formats.allocator import Allocator, Identity, NewImage, NewParent
+from diskmorph.formats.errors import FormatError, OptionError, TargetError
+from diskmorph.formats.extents import DEFLATE
+from diskmorph.formats.probe import Format, format_of_suffix
+from diskmorph.formats.registry import load, require_format
+from diskmorph.formats.views import Slice, grown
+
+if TYPE_CHECKING:
+    from diskmorph.convert.options import ConvertOptions
+    from diskmorph.formats.disk import Disk
+
+STDOUT = "-"
+
+
+@dataclass(slots=True)
+class Plan:
+    """One conversion, ready to run: `disk` has exactly the size of the image that `allocator` lays out."""
+
+    source: Opened
+    disk: Disk
+    target: str
+    format: Format
+    allocator: Allocator
+    options: ConvertOptions
+    base: Opened | None
+    lost: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def close(self) -> None:
+        """Close source and base."""
+        self.source.close()
+        if self.base is not None:
+            self.base.close()
+
+    def __enter__(self) -> Plan:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def make_plan(source: str | os.PathLike[str] | Disk, target: str | os.PathLike[str], options: ConvertOptions) -> Plan:
+    """Open what is needed and decide everything that can be decided before bytes move; the target is not touched.
+
+    Raises OptionError (nothing says which format), TargetError (the size cannot be had), and what opening raises.
+    """
+    options, profile = applied(options)
+    name = os.fspath(target)
+    entry = target_format(name, options)
+    opened = open_source(
+        source,
+        format=options.source_format,
+        parents=options.parents,
+        limits=options.limits,
+        snapshot=options.snapshot,
+    )
+    base: Opened | None = None
+    try:
+        base = _open_base(options)
+        disk = sized(opened.disk, options.size, profile)
+        allocator = new_allocator(entry, disk, name, options, base)
+        disk = grown(disk, allocator.size)
+        lost, notes = _losses(opened, disk, entry, allocator)
+        notes += _ambiguity(opened, options)
+        return Plan(opened, disk, name, entry, allocator, options, base, lost, notes)
+    except BaseException:
+        opened.close()
+        if base is not None:
+            base.close()
+        raise
+
+
+def target_format(name: str, options: ConvertOptions) -> Format:
+    """Return the target's format: what was asked for, else by the name's suffix. Raises OptionError."""
+    if options.target_format is not None:
+        entry = require_format(options.target_format)
+    else:
+        found = None if name == STDOUT else format_of_suffix(name)
+        if found is None:
+            raise OptionError(f"the name {name!r} does not say which format the target shall have", hint="say -O FORMAT")
+        entry = found
+    if not entry.writes:
+        raise OptionError(f"{entry.name} is read but not written", hint="`diskmorph formats` lists what is written")
+    return entry
+
+
+def sized(disk: Disk, size: int | None, profile: Profile | None) -> Disk:
+    """Return the disk in the size asked for. Raises TargetError where that would cut data."""
+    wanted = padded(disk.size if size is None else size, profile)
+    if wanted < disk.size:
+        require_zero(disk, wanted)
+        return Slice(disk, 0, wanted)
+    return grown(disk, wanted)
+
+
+def require_zero(disk: Disk, start: int) -> None:
+    """Raise TargetError unless the disk reads as zeroes from `start` on."""
+    from diskmorph.convert.compare import first_data  # noqa: PLC0415 - seldom needed
+
+    found = first_data(disk, start)
+    if found is not None:
+        raise TargetError(
+            "the source has data beyond the size asked for",
+            file=disk.name,
+            offset=found,
+            hint="shrink the file systems and partitions on it first",
+        )
+
+
+def _open_base(options: ConvertOptions) -> Opened | None:
+    if options.base is None:
+        return None
+    parents = replace(options.parents, backing=None)
+    return open_source(options.base, format=options.base_format, parents=parents, limits=options.limits)
+
+
+def new_allocator(entry: Format, disk: Disk, target: str, options: ConvertOptions, base: Opened | None) -> Allocator:
+    """Return the layout of the target. Raises OptionError and TargetError (too large for the format)."""
+    codec, level, words = _codec(entry, options)
+    name = "disk" if target == STDOUT else Path(target).name
+    if not name:
+        raise TargetError("is not the name of a file", file=target)
+    image = NewImage(
+        size=disk.size,
+        name=name,
+        sector_size=disk.sector_size,
+        options=words,
+        codec=codec,
+        level=level,
+        parent=_parent(target, base),
+        identity=_identity(disk, options),
+    )
+    try:
+        return load(entry).new_allocator(image)
+    except FormatError as error:
+        raise error.located(format=entry.name) from error.__cause__
+
+
+def _codec(entry: Format, options: ConvertOptions) -> tuple[int | None, int | None, dict[str, str]]:
+    words = dict(options.format_options)
+    if options.compress is None:
+        return None, None, words
+    from diskmorph.convert.codecs import parse_compress  # noqa: PLC0415 - most targets need none
+
+    if entry.name == "vmdk":
+        words.setdefault("subformat", "streamOptimized")
+    codec, level = parse_compress(options.compress, DEFLATE)
+    return codec, level, words
+
+
+def _parent(target: str, base: Opened | None) -> NewParent | None:
+    if base is None:
+        return None
+    path = Path(os.path.realpath(base.name))
+    folder = Path(os.path.realpath(Path(target).parent))
+    identity = base.layers[0].identity if base.layers else {}
+    return NewParent(os.path.relpath(path, folder), base.format, base.disk.size, identity, path)
+
+
+def _identity(disk: Disk, options: ConvertOptions) -> Identity:
+    if not options.reproducible:
+        return Identity()
+    from diskmorph.convert.digest import tree_digest  # noqa: PLC0415 - seldom needed
+
+    return Identity(tree_digest(disk, threads=options.threads))
+
+
+def _losses(
+    source: Opened, disk: Disk, entry: Format, allocator: Allocator
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return what the target cannot hold, and what else a user should know."""
+    lost: list[str] = []
+    notes: list[str] = []
+    info = source.info
+    if info is not None:
+        names = [snapshot.name or snapshot.id for snapshot in info.snapshots]
+        if names:
+            lost.append(f"internal snapshots: {', '.join(names)}")
+        if info.bitmaps:
+            lost.append(f"dirty bitmaps: {', '.join(info.bitmaps)}")
+        notes.extend(info.warnings)
+    if len(source.layers) > 1:
+        below = ", ".join(layer.name for layer in source.layers[1:])
+        notes.append(f"the chain of parents is flattened into one disk: {below}")
+    holds = allocator.sector_size if entry.name != "raw" else 512
+    if disk.sector_size != holds:
+        lost.append(
+            f"the logical sector size of {disk.sector_size} bytes becomes {holds}: "
+            "partition tables made for the one are not found with the other"
+        )
+    return tuple(lost), tuple(notes)
+
+
+def _ambiguity(source: Opened, options: ConvertOptions) -> tuple[str, ...]:
+    outer = [signature for signature in source.signatures if signature.outer]
+    if options.source_format is not None or len(outer) < 2:
+        return ()
+    others = ", ".join(f"{signature.what} at {signature.offset}" for signature in outer[1:])
+    return (f"{source.name} is read as {source.format}, but also has: {others}; say -f FORMAT to choose",)

@@ -1,0 +1,300 @@
+"""From the extents of a source to windows: ranges of the disk that are read, placed and written in one go.
+
+A window holds segments, which are the source's extents regrouped to the target's grain: what is skipped, what can be
+cloned without reading, what must be read. Windows end on the target's units, so that all pieces of a unit meet in one
+`place` call; one window makes a worker read at most about `capacity` bytes, whatever its length on the disk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from diskmorph.formats.source import FileSource
+from diskmorph.formats.extents import ABSENT, BATCH, DATA, EXTENT, HOLE, PLAIN, ZERO, clip, cut, row, stops
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from diskmorph.formats.disk import Disk
+    from diskmorph.formats.source import ByteSource
+    from numpy.typing import NDArray
+
+SKIP, CLONE, READ = range(3)
+
+# A range of the disk, on the target's grain: its kind as the extents tell it, and what is done with it.
+SEGMENT = np.dtype([("start", "<u8"), ("length", "<u8"), ("kind", "u1"), ("mode", "u1")], align=True)
+
+CLONE_LEAST = 256 << 10
+"""Bytes of one extent from which cloning pays (a clone costs some 17 us, however long)."""
+CLONE_ALIGN = 4096
+_SPAN_UNITS = 1 << 17
+"""Units that one window may ask a place for: bounds the tables that a writer holds at once."""
+
+
+@dataclass(slots=True)
+class Window:
+    """Disk range start..stop: `segments` cover it; `rows` (and `base_rows`) are the extents, where any are needed."""
+
+    start: int
+    stop: int
+    segments: NDArray[np.void]
+    rows: NDArray[np.void]
+    base_rows: NDArray[np.void] | None
+    read: int
+    """Bytes to be read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """How a target divides the disk, in bytes.
+
+    `unit`s are placed together, a `step` has a kind of its own, pieces in a buffer of `capacity` bytes are padded to
+    `pad`.
+    """
+
+    size: int
+    unit: int
+    step: int
+    capacity: int
+    pad: int
+
+    @property
+    def span(self) -> int:
+        """Return the bytes of the disk that one window may place, holes not counted."""
+        return max(self.unit * _SPAN_UNITS, self.capacity)
+
+
+Clonable = "Callable[[NDArray[np.void]], NDArray[np.bool_]]"
+
+
+def windows(
+    disk: Disk, grid: Grid, clonable: Callable[[NDArray[np.void]], NDArray[np.bool_]] | None = None
+) -> Iterator[Window]:
+    """Yield the windows of a disk, ascending and gapless. `clonable` tells of extents whether they can be cloned."""
+    for rows in _unit_batches(disk.extents(), grid):
+        mask = clonable(rows) if clonable is not None else None
+        yield from _split(regroup(rows, grid.step, mask), rows, None, grid)
+
+
+def pair_windows(disk: Disk, base: Disk, grid: Grid) -> Iterator[Window]:
+    """Yield the windows of a disk as differences to a base: what may differ is READ, the rest is ABSENT."""
+    numbers = same_files(disk, base)
+    for rows, below in _paired_units(disk, base, grid):
+        segments = regroup(candidates(rows, below, numbers), grid.step, None)
+        segments["kind"] = np.where(segments["kind"] == DATA, DATA, ABSENT)
+        yield from _split(segments, rows, below, grid)
+
+
+def everything(disk: Disk, grid: Grid) -> Iterator[Window]:
+    """Yield windows in which all is READ, holes too: for targets that store every byte (`-S 0`)."""
+    for rows in _unit_batches(disk.extents(), grid):
+        start, stop = int(rows["start"][0]), int(stops(rows)[-1])
+        segment = np.zeros(1, SEGMENT)
+        segment[0] = (start, stop - start, DATA, READ)
+        yield from _split(segment, rows, None, grid)
+
+
+def _unit_batches(batches: Iterator[NDArray[np.void]], grid: Grid) -> Iterator[NDArray[np.void]]:
+    """Yield the batches cut so that each begins and ends on a unit, or at the disk's end."""
+    held: NDArray[np.void] | None = None
+    for batch in batches:
+        rows = batch if held is None else np.concatenate([held, batch])
+        start, stop = int(rows["start"][0]), int(stops(rows)[-1])
+        edge = stop if stop == grid.size else stop // grid.unit * grid.unit
+        if edge > start:
+            yield clip(rows, start, edge) if edge < stop else rows
+        held = clip(rows, max(edge, start), stop) if edge < stop else None
+
+
+def regroup(rows: NDArray[np.void], step: int, clonable: NDArray[np.bool_] | None) -> NDArray[np.void]:
+    """Return SEGMENT rows on multiples of `step` for gapless extents: DATA wins over ZERO, ZERO over HOLE and ABSENT.
+
+    The work is one sort of the rows' bounds, whatever their lengths.
+    """
+    size = np.uint64(step)
+    ends = stops(rows)
+    low, high = rows["start"] // size, (ends + size - np.uint64(1)) // size
+    marks = [low, high]
+    if clonable is not None and clonable.any():
+        align = np.uint64(max(step, CLONE_ALIGN) // step)
+        inner_low = (rows["start"] + size - np.uint64(1)) // size
+        inner_low = (inner_low + align - np.uint64(1)) // align * align
+        inner_high = ends // size // align * align
+        clonable = clonable & (inner_high > inner_low)
+        marks += [inner_low[clonable], inner_high[clonable]]
+    points = np.unique(np.concatenate(marks))
+    count = len(points) - 1
+
+    def covered(first: NDArray[np.uint64], last: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        change = np.bincount(np.searchsorted(points, first), minlength=count + 1)
+        change -= np.bincount(np.searchsorted(points, last), minlength=count + 1)
+        result: NDArray[np.bool_] = np.cumsum(change)[:count] > 0
+        return result
+
+    kinds = np.full(count, HOLE, np.uint8)
+    for kind in (ABSENT, ZERO, DATA):
+        mask = rows["kind"] == kind
+        if mask.any():
+            kinds[covered(low[mask], high[mask])] = kind
+    modes = np.where(kinds == DATA, READ, SKIP).astype(np.uint8)
+    if clonable is not None and clonable.any():
+        modes[covered(inner_low[clonable], inner_high[clonable])] = CLONE
+    return _segments(points * size, int(ends[-1]), kinds, modes)
+
+
+def _segments(
+    bounds: NDArray[np.uint64], end: int, kinds: NDArray[np.uint8], modes: NDArray[np.uint8]
+) -> NDArray[np.void]:
+    """Return merged segments between consecutive bounds, the last one ending at `end`."""
+    heads = np.concatenate(([0], np.flatnonzero((kinds[1:] != kinds[:-1]) | (modes[1:] != modes[:-1])) + 1))
+    out = np.zeros(len(heads), SEGMENT)
+    out["start"] = bounds[heads]
+    out["length"][:-1] = out["start"][1:] - out["start"][:-1]
+    out["length"][-1] = np.uint64(end) - out["start"][-1]
+    out["kind"], out["mode"] = kinds[heads], modes[heads]
+    return out
+
+
+def clip_segments(segments: NDArray[np.void], start: int, stop: int) -> NDArray[np.void]:
+    """Return the part of sorted segments within start..stop, as a copy."""
+    first = int(np.searchsorted(segments["start"], np.uint64(start), side="right")) - 1
+    last = int(np.searchsorted(segments["start"], np.uint64(stop), side="left"))
+    out = segments[first:last].copy()
+    begin, end = int(out["start"][0]), int(out["start"][-1]) + int(out["length"][-1])
+    if begin < start:
+        out["start"][0] = start
+        out["length"][0] -= np.uint64(start - begin)
+    if end > stop:
+        out["length"][-1] -= np.uint64(end - stop)
+    return out
+
+
+def _split(
+    segments: NDArray[np.void], rows: NDArray[np.void], below: NDArray[np.void] | None, grid: Grid
+) -> Iterator[Window]:
+    none = rows[:0]
+    start = int(segments["start"][0])
+    for stop in _bounds(segments, grid):
+        part = clip_segments(segments, start, stop)
+        read = int(part["length"][part["mode"] == READ].sum())
+        needed = read or (part["mode"] == CLONE).any()
+        yield Window(
+            start,
+            stop,
+            part,
+            clip(rows, start, stop) if needed else none,
+            clip(below, start, stop) if read and below is not None else None,
+            read,
+        )
+        start = stop
+
+
+def _bounds(segments: NDArray[np.void], grid: Grid) -> Iterator[int]:
+    """Yield where windows end: on units, as far on as a window may reach."""
+    ends, costs = _costs(segments, grid)
+    total = np.cumsum(costs)
+    closing = np.flatnonzero((ends % np.uint64(grid.unit) == 0) | (ends == ends[-1]))
+    ends, total = ends[closing], total[closing]
+    at, spent = 0, 0.0
+    while at < len(ends):
+        following = max(at + 1, int(np.searchsorted(total, spent + 1.0, side="right")))
+        spent = float(total[following - 1])
+        yield int(ends[following - 1])
+        at = following
+
+
+def _costs(segments: NDArray[np.void], grid: Grid) -> tuple[NDArray[np.uint64], NDArray[np.float64]]:
+    """Cut segments into pieces none of which is more than a window; return their ends and costs (1: one window)."""
+    unit = np.uint64(grid.unit)
+    start, stop = segments["start"], segments["start"] + segments["length"]
+    if grid.step != grid.unit:
+        points = np.unique(np.concatenate([start, (start + unit - np.uint64(1)) // unit * unit, stop // unit * unit]))
+        points = points[(points >= start[0]) & (points < stop[-1])]
+        owner = np.searchsorted(start, points, side="right") - 1
+        start, stop = points, np.append(points[1:], stop[-1])
+        kinds, modes = segments["kind"][owner], segments["mode"][owner]
+    else:
+        kinds, modes = segments["kind"], segments["mode"]
+    reads = modes == READ
+    period = np.where(reads, max(grid.capacity // grid.unit, 1) * grid.unit, grid.span // grid.unit * grid.unit)
+    period = np.where(kinds == HOLE, np.uint64(1 << 62), period.astype(np.uint64))
+    first, last = start // period, (stop + period - np.uint64(1)) // period
+    counts = (last - first).astype(np.int64)
+    owner = np.repeat(np.arange(len(start)), counts)
+    turn = (np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)).astype(np.uint64)
+    begins = np.maximum(start[owner], (first[owner] + turn) * period[owner])
+    ends = np.minimum(stop[owner], (first[owner] + turn + np.uint64(1)) * period[owner])
+    lengths = (ends - begins).astype(np.float64)
+    padded = np.ceil(lengths / grid.pad) * grid.pad
+    costs = np.where(reads[owner], padded / grid.capacity, 0.0) + np.where(
+        kinds[owner] == HOLE, 0.0, lengths / (2.0 * grid.span)
+    )
+    return ends, costs
+
+
+# --- two disks side by side
+
+
+def paired(a: Disk, b: Disk, size: int) -> Iterator[tuple[NDArray[np.void], NDArray[np.void]]]:
+    """Yield batches of both disks' extents over 0..size, cut to the same bounds; beyond its end a disk is a hole."""
+    left, right = _padded(a, size), _padded(b, size)
+    rows_a, rows_b = next(left, None), next(right, None)
+    while rows_a is not None and rows_b is not None and len(rows_a) and len(rows_b):
+        start = int(rows_a["start"][0])
+        end_a, end_b = int(stops(rows_a)[-1]), int(stops(rows_b)[-1])
+        stop = min(end_a, end_b)
+        part_a, part_b = clip(rows_a, start, stop), clip(rows_b, start, stop)
+        yield cut(part_a, part_b["start"]), cut(part_b, part_a["start"])
+        rows_a = clip(rows_a, stop, end_a) if end_a > stop else next(left, None)
+        rows_b = clip(rows_b, stop, end_b) if end_b > stop else next(right, None)
+
+
+def _padded(disk: Disk, size: int) -> Iterator[NDArray[np.void]]:
+    end = min(disk.size, size)
+    if end:
+        yield from disk.extents(0, end)
+    if end < size:
+        yield row(end, size - end, HOLE)
+
+
+def same_files(a: Disk, b: Disk) -> NDArray[np.int64]:
+    """Return for each file of `b` the number of the same file in `a.files`, or -1."""
+    known = {key: number for number, source in enumerate(a.files) if (key := _file_key(source)) is not None}
+    return np.array([known.get(_file_key(source), -1) for source in b.files] or [-1], np.int64)
+
+
+def _file_key(source: ByteSource) -> object:
+    return source.identity if isinstance(source, FileSource) else None
+
+
+def candidates(a: NDArray[np.void], b: NDArray[np.void], numbers: NDArray[np.int64]) -> NDArray[np.void]:
+    """Return extents that are DATA where two rows may hold different bytes, HOLE elsewhere; the `offset`s mean nothing.
+
+    Rows of the two sides have the same bounds; `numbers` are those of `same_files`.
+    """
+    data_a, data_b = a["kind"] == DATA, b["kind"] == DATA
+    file_b = numbers[np.minimum(b["file"], len(numbers) - 1)]
+    shared = data_a & data_b & (a["file"] == file_b) & (a["offset"] == b["offset"])
+    shared &= (a["codec"] == b["codec"]) & (a["skip"] == b["skip"])
+    out = np.zeros(len(a), EXTENT)
+    out["start"], out["length"] = a["start"], a["length"]
+    out["kind"] = np.where((data_a | data_b) & ~shared, DATA, HOLE)
+    return out
+
+
+def _paired_units(disk: Disk, base: Disk, grid: Grid) -> Iterator[tuple[NDArray[np.void], NDArray[np.void]]]:
+    held: tuple[NDArray[np.void], NDArray[np.void]] | None = None
+    for pair in paired(disk, base, grid.size):
+        rows, below = pair
+        if held is not None:
+            rows, below = np.concatenate([held[0], rows]), np.concatenate([held[1], below])
+        start, stop = int(rows["start"][0]), int(stops(rows)[-1])
+        edge = stop if stop == grid.size else stop // grid.unit * grid.unit
+        if edge > start:
+            yield clip(rows, start, edge), clip(below, start, edge)
+        held = (clip(rows, max(edge, start), stop), clip(below, max(edge, start), stop)) if edge < stop else None
+
+
+__all__ = ["BATCH", "CLONE", "PLAIN", "READ", "SKIP", "Grid", "Window", "everything", "pair_windows", "paired", "windows"]
