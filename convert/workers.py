@@ -80,8 +80,10 @@ class Crew(Generic[B]):
             for thread in threads:
                 thread.start()
             self._watch(threads, tick)
-        finally:
+        except BaseException:
             self._stop.set()
+            raise
+        finally:
             for thread in threads:
                 if thread.ident is not None:
                     thread.join()
