@@ -1,0 +1,5 @@
+"""`python -m diskmorph`."""
+
+from diskmorph.cli import entry
+
+entry()

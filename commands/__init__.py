@@ -1,0 +1,40 @@
+"""The verbs of the command line, one module each: words in, one call of the library, rendering out.
+
+A verb is a row of `VERBS` and a module with `DESCRIPTION`, `EXAMPLES`, `add_arguments(parser)` and
+`run(args, out) -> exit status`. The modules load when their verb is said, and load what they need in `run`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Verb(NamedTuple):
+    """A row of the table: the word, the module that holds it, and one line of help."""
+
+    name: str
+    module: str
+    help: str
+
+
+_HERE = "diskmorph.commands."
+
+VERBS: tuple[Verb, ...] = (
+    Verb("convert", _HERE + "convert", "write an image anew, in another format"),
+    Verb("info", _HERE + "info", "tell what an image is, and what lies inside"),
+    Verb("map", _HERE + "map", "show which ranges hold data, and where they are stored"),
+    Verb("measure", _HERE + "measure", "tell the size that a target would have"),
+    Verb("check", _HERE + "check", "check the structure of an image, and repair it"),
+    Verb("compare", _HERE + "compare", "compare the contents of two images"),
+    Verb("digest", _HERE + "digest", "hash the content, whatever the format"),
+    Verb("create", _HERE + "create", "make an empty image, or an overlay on another"),
+    Verb("resize", _HERE + "resize", "give an image another virtual size"),
+    Verb("snapshot", _HERE + "snapshot", "list internal snapshots, or extract one"),
+    Verb("formats", _HERE + "formats", "list the formats, subformats and options"),
+    Verb("completion", _HERE + "completion", "print a completion script for bash, zsh or fish"),
+)
+
+
+def verb_named(name: str) -> Verb | None:
+    """Return the row of that verb, None if there is none."""
+    return next((verb for verb in VERBS if verb.name == name), None)

@@ -1,0 +1,64 @@
+"""`diskmorph measure SRC -O FMT`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from diskmorph.commands.common import add_output, add_source, format_options, parents_of, size_of
+
+if TYPE_CHECKING:
+    import argparse
+
+    from diskmorph.commands.output import Output
+
+DESCRIPTION = """\
+Tell the size that a target of SRC would have, without writing it. Exact to the byte, unless the target is compressed:
+then `required` is an upper bound."""
+
+EXAMPLES = (
+    ("diskmorph measure -O qcow2 disk.raw", "the size as qcow2"),
+    ("diskmorph measure -O vmdk -o subformat=monolithicFlat disk.qcow2", "of a subformat"),
+    ("diskmorph measure --json -O vhdx disk.qcow2", "for a program"),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """See diskmorph.commands."""
+    parser.add_argument("image", metavar="SRC", help="the source")
+    parser.add_argument("-O", dest="target_format", metavar="FMT", required=True, help="the target's format")
+    parser.add_argument("-o", dest="options", action="append", default=[], metavar="K=V,...", help="format options")
+    parser.add_argument("-c", dest="compressed", action="store_true", help="compress by the format's default codec")
+    parser.add_argument("--compress", metavar="CODEC[:LEVEL]", help="compress by deflate or zstd")
+    parser.add_argument("-S", dest="zero_unit", metavar="SIZE", default="4k", help="unit of zero detection; 0: off")
+    parser.add_argument("--snapshot", metavar="NAME", help="an internal snapshot as the source")
+    parser.add_argument("--size", metavar="SIZE", help="another virtual size")
+    add_source(parser)
+    add_output(parser)
+
+
+def run(args: argparse.Namespace, out: Output) -> int:
+    """See diskmorph.commands."""
+    import diskmorph
+    from diskmorph.commands.text import exact_size_text, properties
+    from diskmorph.convert.options import ConvertOptions
+    from diskmorph.formats.registry import require_format
+
+    options = ConvertOptions(
+        source_format=args.format,
+        format_options=format_options(args.options),
+        compress=args.compress or ("default" if args.compressed else None),
+        snapshot=args.snapshot,
+        size=size_of(args.size, "--size"),
+        zero_unit=size_of(args.zero_unit, "-S") or 0,
+        parents=parents_of(args),
+    )
+    found = diskmorph.measure(args.image, require_format(args.target_format).name, options=options)
+    lines = properties(
+        [
+            ("required", exact_size_text(found.required) + ("" if found.exact else ", at most")),
+            ("fully allocated", exact_size_text(found.fully_allocated)),
+        ]
+    )
+    out.result(asdict(found), lines)
+    return 0
