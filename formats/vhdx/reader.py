@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 _BATCH_BLOCKS = 1 << 15
 _BATCH_BITS = 1 << 18
 """Sectors of partially present blocks that are told apart at once: each may become an extent of its own."""
-_RESERVED, _PARTIAL = 255, 254
+RESERVED_STATE, _PARTIAL = 255, 254
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,7 @@ def kinds_of_states(*, has_parent: bool) -> NDArray[np.uint8]:
     In a differencing disk only NOT_PRESENT asks the parent: the other states without data read as zeroes.
     """
     empty = ZERO if has_parent else HOLE
-    kinds = np.full(8, _RESERVED, np.uint8)
+    kinds = np.full(8, RESERVED_STATE, np.uint8)
     kinds[NOT_PRESENT] = ABSENT if has_parent else HOLE
     kinds[[UNDEFINED, UNMAPPED, UNMAPPED_OLD]] = empty
     kinds[BLOCK_ZERO] = ZERO
@@ -170,7 +170,7 @@ class VhdxDisk(ImageDisk):
 
     def _rows(self, first: int, states: NDArray[Any], offsets: NDArray[Any]) -> Iterator[NDArray[np.void]]:
         kinds = self._kinds[states]
-        bad = np.flatnonzero(kinds == _RESERVED)
+        bad = np.flatnonzero(kinds == RESERVED_STATE)
         if len(bad):
             self._refuse_state(first + int(bad[0]), int(states[bad[0]]))
         partial = np.flatnonzero(states == PARTIALLY_PRESENT)
