@@ -1,0 +1,162 @@
+"""New qcow2 images: where clusters go and what the tables say.
+
+The file has no gaps: the header's cluster, then data and L2 tables as they come, then the L1 table, refcount blocks
+and the refcount table. So every refcount is 1, but those of clusters that compressed data shares.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from diskmorph.formats.allocator import PLACED, Allocator, NewImage, Write
+from diskmorph.formats.errors import OptionError
+from diskmorph.formats.extents import DATA, HOLE, PLAIN, ZERO
+from diskmorph.formats.qcow2 import schema as s
+from diskmorph.formats.qcow2.building import RefcountLayout, header_bytes, refcount_writes
+from diskmorph.formats.qcow2.options import read_shape
+from diskmorph.formats.qcow2.packing import Packer
+from diskmorph.formats.qcow2.pending import PENDING, Pending, extended_entries, standard_entries
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from numpy.typing import NDArray
+
+_U = np.uint64
+_BATCH = 4 << 20
+"""Bytes of L2 tables that are made at once."""
+
+
+class Qcow2Allocator(Allocator):
+    """Lays out one qcow2 file of version 2 or 3. Raises OptionError and TargetError when made."""
+
+    def __init__(self, image: NewImage) -> None:
+        self._shape = shape = read_shape(image)
+        self.size = -(-image.size // 512) * 512
+        if image.sector_size not in {512, 4096}:
+            raise OptionError(f"qcow2 has no sectors of {image.sector_size} bytes")
+        self.unit, self.grain, self.alignment = shape.cluster, shape.grain, shape.cluster
+        self.codec, self.level = shape.codec, image.level
+        self.codecs = frozenset({PLAIN, shape.codec})
+        self.members = (image.name,)
+        self.overlay = image.parent is not None
+        self.preallocation = shape.preallocation
+        self._header_room = header_bytes(shape, image, self.size, 0, 0, RefcountLayout(0, 0, 0, 0))
+        self._image = image
+        self._next = shape.cluster
+        self._l1 = np.zeros(max(-(-self.size // shape.coverage), 1), s.ENTRY)
+        self._pending = Pending(shape.grain)
+        self._packer = Packer(shape.cluster, shape.refcount_bits)
+        self._final: int | None = None
+
+    def place(self, runs: NDArray[np.void]) -> NDArray[np.void]:
+        """See Allocator: plain clusters in the order of the runs, then compressed ones packed byte by byte."""
+        data, zero = runs["kind"] == DATA, runs["kind"] == ZERO
+        packed = data & (runs["codec"] != PLAIN)
+        flagged = zero & (self._shape.version >= 3)
+        whole = data & ~packed
+        if self.preallocation != "off":
+            whole |= zero | (runs["kind"] == HOLE)
+        elif self.overlay:
+            whole |= zero & ~flagged  # version 2 has no zero clusters: real zeroes must hide the parent's data
+        placed = self._place_whole(runs[whole])
+        self._note(runs[flagged & ~whole], None)
+        if not packed.any():
+            return placed
+        rows = np.concatenate((placed, self._place_packed(runs[packed])))
+        return rows[np.argsort(rows["start"], kind="stable")]
+
+    def _place_whole(self, runs: NDArray[np.void]) -> NDArray[np.void]:
+        """Give runs host clusters of their own; neighbours in one cluster (of subclusters) share it."""
+        rows = np.zeros(len(runs), PLACED)
+        if not len(runs):
+            return rows
+        rows["start"], rows["length"] = runs["start"], runs["length"]
+        rows["offset"] = self._clusters_for(runs)
+        rows["kind"] = np.where(runs["kind"] == DATA, DATA, ZERO)
+        self._note(runs, rows["offset"])
+        return rows
+
+    def _clusters_for(self, runs: NDArray[np.void]) -> NDArray[np.uint64]:
+        cluster = _U(self._shape.cluster)
+        first = runs["start"] // cluster
+        last = (runs["start"] + runs["length"] - _U(1)) // cluster
+        shared = np.zeros(len(runs), _U)
+        shared[1:] = first[1:] == last[:-1]
+        counts = last - first + _U(1) - shared
+        before = np.cumsum(counts) - counts
+        offsets = _U(self._next) + (before - shared) * cluster + runs["start"] % cluster
+        self._next += int(counts.sum()) * self._shape.cluster
+        return offsets
+
+    def _place_packed(self, runs: NDArray[np.void]) -> NDArray[np.void]:
+        offsets, self._next = self._packer.pack(runs["size"], self._next)
+        rows = np.zeros(len(runs), PLACED)
+        rows["start"], rows["length"], rows["offset"] = runs["start"], runs["length"], offsets
+        rows["kind"], rows["codec"] = DATA, runs["codec"]
+        x = 62 - (self._shape.cluster.bit_length() - 1 - 8)
+        sectors = (offsets + runs["size"] - _U(1)) // _U(512) - offsets // _U(512)
+        self._note(runs, _U(s.COMPRESSED) | sectors << _U(x) | offsets)
+        return rows
+
+    def _note(self, runs: NDArray[np.void], offsets: NDArray[np.uint64] | None) -> None:
+        """Remember runs for their L2 tables; `offsets` are places or compressed entries, None for flags alone."""
+        rows = np.zeros(len(runs), PENDING)
+        grain = _U(self._shape.grain)
+        rows["start"] = runs["start"] // grain
+        rows["count"] = (runs["length"] + grain - _U(1)) // grain
+        rows["offset"] = 0 if offsets is None else offsets
+        rows["kind"] = np.where((runs["kind"] == ZERO) & (self._shape.version >= 3), ZERO, DATA)
+        self._pending.add(rows)
+
+    def settle(self, upto: int) -> Iterator[Write]:
+        """See Allocator: the L2 tables of the disk before `upto`."""
+        return self._settle(upto // self._shape.coverage)
+
+    def _settle(self, upto: int) -> Iterator[Write]:
+        """Yield the tables of L1 indices below `upto`, those that have entries, side by side."""
+        grains = self._shape.coverage // self._shape.grain
+        step = max(_BATCH // self._shape.cluster, 1)
+        while (first := self._pending.first()) is not None and first // grains < upto:
+            low = first // grains
+            high = min(low + step, upto)
+            rows = self._pending.take(high * grains)
+            words = (extended_entries if self._shape.extended else standard_entries)(
+                rows, low * grains, (high - low) * grains, self._shape.cluster
+            )
+            tables = words.reshape(high - low, -1)
+            used = np.flatnonzero(tables.any(axis=1))
+            if not len(used):
+                continue
+            offset = self._next
+            self._next += len(used) * self._shape.cluster
+            places = np.arange(len(used), dtype=_U) * _U(self._shape.cluster) + _U(offset)
+            self._l1[low + used] = places | _U(s.COPIED)
+            yield Write(0, offset, tables[used].astype(s.ENTRY).tobytes())
+
+    def finish(self) -> Iterator[Write]:
+        """See Allocator: remaining L2 tables, L1 table, refcounts, the header last."""
+        yield from self._settle(len(self._l1))
+        l1_offset = self._next
+        self._next += self._l1_room()
+        yield Write(0, l1_offset, self._l1.tobytes())
+        layout = RefcountLayout.after(self._next, self._shape)
+        yield from refcount_writes(layout, self._shape, self._packer)
+        self._final = layout.end
+        yield Write(0, 0, header_bytes(self._shape, self._image, self.size, l1_offset, len(self._l1), layout))
+
+    def _l1_room(self) -> int:
+        return -(-len(self._l1) * 8 // self._shape.cluster) * self._shape.cluster
+
+    def sizes(self) -> Sequence[int]:
+        """See Allocator; before `finish` what the size will be if nothing more is placed."""
+        if self._final is not None:
+            return (self._final,)
+        tables = self._pending.groups(self._shape.coverage // self._shape.grain) * self._shape.cluster
+        return (RefcountLayout.after(self._next + tables + self._l1_room(), self._shape).end,)
+
+
+def new_allocator(image: NewImage) -> Qcow2Allocator:
+    """See FormatModule. Raises OptionError and TargetError."""
+    return Qcow2Allocator(image)
