@@ -30,11 +30,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class OpenContext:
-    """What a reader gets beside the bytes: how to open its other files, limits, the internal snapshot wanted."""
+    """What a reader gets beside the bytes: how to open its other files, limits, the internal snapshot wanted.
+
+    `disk` is the number, from 1, of the disk wanted of a package that holds several.
+    """
 
     opener: Opener = field(default_factory=Opener)
     limits: Limits = field(default_factory=Limits)
     snapshot: str | None = None
+    disk: int | None = None
 
 
 class FormatModule(Protocol):
@@ -198,11 +202,13 @@ def open_disk(
     parents: Parents | str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | None = None,
     limits: Limits | None = None,
     snapshot: str | None = None,
+    disk: int | None = None,
 ) -> Disk:
     """Open a disk image, its parents included, for reading.
 
     `format` decides where content is ambiguous; `parents` says which directories may hold parents and extents that the
-    image names (or is a `Parents`); `snapshot` names an internal snapshot. Close the disk, or use it in `with`.
+    image names (or is a `Parents`); `snapshot` names an internal snapshot, `disk` is the number of one of a package's
+    disks. Close the disk, or use it in `with`.
     Raises FormatError, UnsupportedError, PolicyError, SourceError.
     """
     limits = limits or Limits()
@@ -210,7 +216,7 @@ def open_disk(
     source = path if isinstance(path, ByteSource) else opener.user_file(path)
     try:
         entry, _ = identify(source, format)
-        return open_chain(source, entry, OpenContext(opener, limits, snapshot))
+        return open_chain(source, entry, OpenContext(opener, limits, snapshot, disk))
     except BaseException:
         source.close()
         raise
