@@ -66,7 +66,12 @@ def meet(
     index_a = np.repeat(np.arange(len(a_start)), counts)
     turn = np.arange(len(index_a)) - np.repeat(np.cumsum(counts) - counts, counts)
     index_b = first[index_a] + turn
-    return index_a, index_b, np.maximum(a_start[index_a], b_start[index_b]), np.minimum(a_stop[index_a], b_stop[index_b])
+    return (
+        index_a,
+        index_b,
+        np.maximum(a_start[index_a], b_start[index_b]),
+        np.minimum(a_stop[index_a], b_stop[index_b]),
+    )
 
 
 def nonzero(buffer: memoryview, fine: int) -> NDArray[np.bool_]:

@@ -71,6 +71,4 @@ class Cloner:
         return self._known[file]
 
 
-
-
 __all__: Sequence[str] = ["Cloner", "can_clone", "clone_range"]

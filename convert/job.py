@@ -6,6 +6,7 @@ import os
 import stat
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,33 +39,45 @@ def convert(
     IntegrityError.
     """
     begun = time.monotonic()
-    options = options or ConvertOptions()
-    with make_plan(source, target, options) as plan:
-        if not options.dry_run:
-            refuse_own_files(plan)
-        moved, sizes, digest, verified = _perform(plan, on_progress)
-        return ConvertReport(
-            source=plan.source.name,
-            target=plan.target,
-            format=plan.format.name,
-            virtual_size=plan.disk.size,
-            stored_size=sum(sizes),
-            bytes=moved,
-            seconds=time.monotonic() - begun,
-            verified=verified,
-            lost=plan.lost,
-            notes=plan.notes,
-            digest=digest,
-            members=tuple(plan.allocator.members),
-        )
+    with make_plan(source, target, options or ConvertOptions()) as plan:
+        refuse_own_files(plan)
+        return perform(plan, on_progress, begun=begun)
+
+
+def perform(
+    plan: Plan,
+    on_progress: Callable[[Progress], None] | None = None,
+    *,
+    differences: bool = True,
+    begun: float | None = None,
+) -> ConvertReport:
+    """Carry a plan out and report; `differences` False takes the disk as it is, though the plan has a base."""
+    begun = time.monotonic() if begun is None else begun
+    transfer = transfer_of(plan)
+    if not differences:
+        transfer = replace(transfer, base=None)
+    moved, sizes, digest, verified = _perform(plan, transfer, on_progress)
+    return ConvertReport(
+        source=plan.source.name,
+        target=plan.target,
+        format=plan.format.name,
+        virtual_size=plan.disk.size,
+        stored_size=sum(sizes),
+        bytes=moved,
+        seconds=time.monotonic() - begun,
+        verified=verified,
+        lost=plan.lost,
+        notes=plan.notes,
+        digest=digest,
+        members=tuple(plan.allocator.members),
+    )
 
 
 def _perform(
-    plan: Plan, on_progress: Callable[[Progress], None] | None
+    plan: Plan, transfer: Transfer, on_progress: Callable[[Progress], None] | None
 ) -> tuple[Moved, tuple[int, ...], str | None, bool]:
     options = plan.options
     digest = _Digest(plan) if options.digest else None
-    transfer = transfer_of(plan)
     if options.dry_run:
         moved = run(transfer, None, None, on_progress)
         return moved, tuple(plan.allocator.sizes()), digest.value() if digest else None, False

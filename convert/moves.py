@@ -57,11 +57,14 @@ class Reader:
     def fill(self, rows: NDArray[np.void], pieces: NDArray[np.void], buffer: memoryview) -> None:
         """Fill `buffer`, laid out by `pieces`, with what the extents hold there; zeroes where they hold no data."""
         data = rows[rows["kind"] == DATA]
-        if len(data) == 1 and len(pieces) == 1 and data["codec"][0] == PLAIN and self._whole(data[0], pieces[0], buffer):
+        if (
+            len(data) == 1
+            and len(pieces) == 1
+            and data["codec"][0] == PLAIN
+            and self._whole(data[0], pieces[0], buffer)
+        ):
             return
-        row, piece, start, stop = meet(
-            data["start"], stops(data), pieces["start"], pieces["start"] + pieces["length"]
-        )
+        row, piece, start, stop = meet(data["start"], stops(data), pieces["start"], pieces["start"] + pieces["length"])
         length = stop - start
         if int(length.sum()) != len(buffer):
             np.frombuffer(buffer, np.uint64)[:] = 0

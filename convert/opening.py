@@ -62,16 +62,18 @@ def open_source(
     limits: Limits | None = None,
     snapshot: str | None = None,
     opener: Opener | None = None,
+    source: ByteSource | None = None,
 ) -> Opened:
     """Open a disk image with its parents, standard input (`-`), or take a Disk as it is.
 
-    Raises what `formats.registry.open_disk` raises.
+    `source`: the bytes of the image, where they are open already; `what` is then not looked at. Raises what `formats.registry.open_disk` raises.
     """
     if isinstance(what, Disk):
         return Opened(what.name, what, what.format, owned=False)
     limits = limits or Limits()
     opener = opener or Opener(parents or Parents(), limits, FilePool(limits.open_files))
-    source: ByteSource = spooled() if os.fspath(what) == "-" else opener.user_file(what)
+    if source is None:
+        source = spooled() if os.fspath(what) == "-" else opener.user_file(what)
     try:
         entry, found = identify(source, format)
         layers = open_layers(source, entry, OpenContext(opener, limits, snapshot))

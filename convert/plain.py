@@ -95,9 +95,7 @@ class PlainHand:
             self._memory = new_buffer(self._ways.capacity)
         return self._memory[:size]
 
-    def _look(
-        self, window: Window, pieces: NDArray[np.void], size: int
-    ) -> tuple[NDArray[np.void], NDArray[np.void]]:
+    def _look(self, window: Window, pieces: NDArray[np.void], size: int) -> tuple[NDArray[np.void], NDArray[np.void]]:
         """Read pieces into the buffer; return their runs and what of them is not zero."""
         ways = self._ways
         buffer = self._buffer(size)

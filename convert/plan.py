@@ -88,7 +88,9 @@ def target_format(name: str, options: ConvertOptions) -> Format:
     else:
         found = None if name == STDOUT else format_of_suffix(name)
         if found is None:
-            raise OptionError(f"the name {name!r} does not say which format the target shall have", hint="say -O FORMAT")
+            raise OptionError(
+                f"the name {name!r} does not say which format the target shall have", hint="say -O FORMAT"
+            )
         entry = found
     if not entry.writes:
         raise OptionError(f"{entry.name} is read but not written", hint="`diskmorph formats` lists what is written")
@@ -176,9 +178,7 @@ def _identity(disk: Disk, options: ConvertOptions) -> Identity:
     return Identity(tree_digest(disk, threads=options.threads))
 
 
-def _losses(
-    source: Opened, disk: Disk, entry: Format, allocator: Allocator
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _losses(source: Opened, disk: Disk, entry: Format, allocator: Allocator) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return what the target cannot hold, and what else a user should know."""
     lost: list[str] = []
     notes: list[str] = []

@@ -297,4 +297,16 @@ def _paired_units(disk: Disk, base: Disk, grid: Grid) -> Iterator[tuple[NDArray[
         held = (clip(rows, max(edge, start), stop), clip(below, max(edge, start), stop)) if edge < stop else None
 
 
-__all__ = ["BATCH", "CLONE", "PLAIN", "READ", "SKIP", "Grid", "Window", "everything", "pair_windows", "paired", "windows"]
+__all__ = [
+    "BATCH",
+    "CLONE",
+    "PLAIN",
+    "READ",
+    "SKIP",
+    "Grid",
+    "Window",
+    "everything",
+    "pair_windows",
+    "paired",
+    "windows",
+]

@@ -1,0 +1,130 @@
+"""`create` and `resize`: images made from nothing, images made larger or smaller."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diskmorph.convert.job import convert, perform, refuse_own_files
+from diskmorph.convert.opening import Opened, open_source
+from diskmorph.convert.options import ConvertOptions, ConvertReport
+from diskmorph.convert.plan import make_plan, require_zero
+from diskmorph.formats.errors import OptionError, TargetError, UnsupportedError
+from diskmorph.formats.extents import ABSENT, HOLE
+from diskmorph.formats.probe import RAW
+from diskmorph.formats.views import Slice, Zero, grown
+
+if TYPE_CHECKING:
+    from diskmorph.formats.disk import Disk
+
+
+def create(
+    target: str | os.PathLike[str], size: int | None = None, *, options: ConvertOptions | None = None
+) -> ConvertReport:
+    """Write an empty image of `size` bytes; with `options.base` an overlay that holds nothing yet.
+
+    `size` None takes the base's. Raises what `convert` raises.
+    """
+    options = options or ConvertOptions()
+    if size is None:
+        if options.base is None:
+            raise OptionError("an empty image needs a size", hint="say it, as in 10G")
+        size = _size_of(options)
+    empty = Zero(size, kind=HOLE if options.base is None else ABSENT)
+    empty.name = "nothing"
+    with make_plan(empty, target, options) as plan:
+        refuse_own_files(plan)
+        return perform(plan, differences=False)
+
+
+def _size_of(options: ConvertOptions) -> int:
+    assert options.base is not None  # noqa: S101 - for the type checker
+    parents = replace(options.parents, backing=None)
+    with open_source(options.base, format=options.base_format, parents=parents, limits=options.limits) as base:
+        return base.disk.size
+
+
+def resize(
+    path: str | os.PathLike[str],
+    size: int,
+    *,
+    shrink: bool = False,
+    output: str | os.PathLike[str] | None = None,
+    options: ConvertOptions | None = None,
+) -> ConvertReport:
+    """Give an image another size: into `output`, or rewritten and put in its own place.
+
+    Data is never cut unless `shrink` allows it. The format and its variant stay; with `output` the options may say
+    otherwise. Raises TargetError (data would be cut), UnsupportedError (an overlay, or something that rewriting loses,
+    without `output`), and what `convert` raises.
+    """
+    options = options or ConvertOptions()
+    with open_source(
+        path, format=options.source_format, parents=options.parents, limits=options.limits, snapshot=options.snapshot
+    ) as opened:
+        disk = _resized(opened.disk, size, shrink=shrink)
+        wanted = options if output is not None and options.target_format else _alike(opened, options)
+        if output is not None:
+            return replace(convert(disk, output, options=replace(wanted, size=None)), source=opened.name)
+        _require_whole(opened)
+        with make_plan(disk, path, replace(wanted, force=True, size=None)) as plan:
+            return replace(perform(plan), source=opened.name)
+
+
+def _resized(disk: Disk, size: int, *, shrink: bool) -> Disk:
+    if size >= disk.size:
+        return grown(disk, size)
+    if not shrink:
+        try:
+            require_zero(disk, size)
+        except TargetError as error:
+            error.hint = "--shrink cuts it off for good"
+            raise
+    return Slice(disk, 0, size)
+
+
+def _alike(opened: Opened, options: ConvertOptions) -> ConvertOptions:
+    """Return the options that write the same format and variant again."""
+    words = dict(options.format_options)
+    info = opened.info
+    if info is not None and opened.format != RAW.name:
+        if opened.format == "vdi" and info.subformat == "static":
+            words.setdefault("static", "on")
+        if opened.format in {"vmdk", "vhd", "vhdx"} and info.subformat:
+            words.setdefault("subformat", info.subformat)
+        if opened.format == "qcow2" and info.allocation_unit:
+            words.setdefault("cluster_size", str(info.allocation_unit))
+        if opened.format == "vhdx" and info.sector_size != 512:
+            words.setdefault("logical_sector_size", str(info.sector_size))
+    return replace(options, target_format=opened.format, format_options=words)
+
+
+def _require_whole(opened: Opened) -> None:
+    info = opened.info
+    if len(opened.layers) > 1 or (info is not None and info.parent is not None):
+        raise UnsupportedError(
+            "an overlay cannot be resized in its place", file=opened.name, feature="resize", hint="write to -o FILE"
+        )
+    if info is not None and (info.snapshots or info.bitmaps):
+        raise UnsupportedError(
+            "resizing in its place would lose its snapshots or bitmaps",
+            file=opened.name,
+            feature="resize",
+            hint="write to -o FILE",
+        )
+    if len(opened.files) > 1:
+        raise UnsupportedError(
+            "an image of several files cannot be resized in its place",
+            file=opened.name,
+            feature="resize",
+            hint="write to -o FILE",
+        )
+    if Path(opened.name).is_symlink():
+        raise UnsupportedError(
+            "is a symbolic link, which would be replaced",
+            file=opened.name,
+            feature="resize",
+            hint="name the file itself",
+        )

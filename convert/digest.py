@@ -1,0 +1,168 @@
+"""Hashes of a disk's content, the same whatever the format.
+
+`sha256` is that of the raw disk. `sha256-tree` is a hash tree that all processors compute together:
+the disk is cut into leaves of 4 MiB (the last one may be shorter); a leaf's hash is SHA-256(0x00, its bytes); two
+neighbours' hash is SHA-256(0x01, left, right), an odd one at the end of a level goes up as it is; the digest is
+SHA-256(0x02, the size as 8 bytes little-endian, the top hash), with 32 zero bytes as the top of an empty disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from typing import TYPE_CHECKING, Any
+
+from diskmorph.convert.buffers import layout, new_buffer
+from diskmorph.convert.moves import Reader
+from diskmorph.convert.opening import open_source
+from diskmorph.convert.options import Digest, Progress
+from diskmorph.convert.windows import READ, Grid, Window, windows
+from diskmorph.convert.workers import Crew
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from diskmorph.formats.disk import Disk
+    from diskmorph.formats.limits import Limits
+    from diskmorph.formats.policy import Parents
+
+LEAF = 4 << 20
+_CAPACITY = 1 << 20
+_STEP = 4096
+_ZEROES = bytes(1 << 20)
+_READERS = 2
+
+
+def digest(
+    path: str | os.PathLike[str] | Disk,
+    *,
+    tree: bool = False,
+    format: str | None = None,
+    parents: Parents | None = None,
+    limits: Limits | None = None,
+    snapshot: str | None = None,
+    threads: int | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Digest:
+    """Return the hash of what a guest sees: SHA-256 in order, or with `tree` the parallel hash tree.
+
+    Raises what opening and reading raise.
+    """
+    with open_source(path, format=format, parents=parents, limits=limits, snapshot=snapshot) as opened:
+        disk = opened.disk
+        if tree:
+            text = tree_digest(disk, threads=threads, on_progress=on_progress).hex()
+        else:
+            text = content_digest(disk, on_progress=on_progress)
+        disk.verify_unchanged()
+        return Digest(opened.name, "sha256-tree" if tree else "sha256", text, disk.size)
+
+
+def content_digest(disk: Disk, *, on_progress: Callable[[Progress], None] | None = None) -> str:
+    """Return the SHA-256 of a disk's bytes in order, as hexadecimal digits."""
+    state = hashlib.sha256()
+    with Reader(disk) as reader:
+        hands = [_OrderedHand(reader, state) for _ in range(_READERS)]
+        _drive(disk, hands, Grid(disk.size, _STEP, _STEP, _CAPACITY, _STEP), on_progress)
+    return state.hexdigest()
+
+
+def tree_digest(
+    disk: Disk, *, threads: int | None = None, on_progress: Callable[[Progress], None] | None = None
+) -> bytes:
+    """Return the root of the hash tree over a disk's bytes."""
+    leaves = [zero_leaf(LEAF)] * (disk.size // LEAF)
+    if disk.size % LEAF:
+        leaves.append(zero_leaf(disk.size % LEAF))
+    with Reader(disk) as reader:
+        hands = [_LeafHand(reader, leaves) for _ in range(threads or len(os.sched_getaffinity(0)))]
+        _drive(disk, hands, Grid(disk.size, LEAF, LEAF, LEAF, LEAF), on_progress)
+    while len(leaves) > 1:
+        pairs = [
+            hashlib.sha256(b"\1" + left + right).digest()
+            for left, right in zip(leaves[::2], leaves[1::2], strict=False)
+        ]
+        leaves = pairs + leaves[len(pairs) * 2 :]
+    top = leaves[0] if leaves else bytes(32)
+    return hashlib.sha256(b"\2" + disk.size.to_bytes(8, "little") + top).digest()
+
+
+def zero_leaf(length: int) -> bytes:
+    """Return the hash of a leaf of zeroes."""
+    state = hashlib.sha256(b"\0")
+    _add_zeroes(state, length)
+    return state.digest()
+
+
+def _add_zeroes(state: Any, length: int) -> None:
+    while length:
+        count = min(length, len(_ZEROES))
+        state.update(_ZEROES if count == len(_ZEROES) else _ZEROES[:count])
+        length -= count
+
+
+def _drive(disk: Disk, hands: list[Any], grid: Grid, on_progress: Callable[[Progress], None] | None) -> None:
+    def tick(done: int) -> None:
+        if on_progress is not None:
+            on_progress(Progress("digest", min(done, disk.size), disk.size))
+
+    tick(0)
+    if disk.size:
+        crew: Crew[Any] = Crew(hands, windows(disk, grid), None)
+        crew.run(tick)
+    tick(disk.size)
+
+
+class _OrderedHand:
+    """Reads windows at the same time as others, and hashes them in turn."""
+
+    def __init__(self, reader: Reader, state: Any) -> None:
+        self._reader, self._state = reader, state
+        self._buffer = new_buffer(_CAPACITY)
+        self.done = 0
+
+    def prepare(self, window: Window) -> Window:
+        if window.read:
+            plan = layout(window.segments, _STEP)
+            self._reader.fill(window.rows, plan.pieces, self._buffer[: plan.size])
+        return window
+
+    def settle(self, window: Window) -> None:
+        at = 0
+        for start, length, _, mode in window.segments.tolist():
+            del start
+            if mode != READ:
+                _add_zeroes(self._state, length)
+                continue
+            self._state.update(self._buffer[at : at + length])
+            at += -(-length // _STEP) * _STEP
+
+    def write(self, window: Window) -> None:
+        self.done += window.stop - window.start
+
+
+class _LeafHand:
+    """Hashes the leaves of a window."""
+
+    def __init__(self, reader: Reader, leaves: list[bytes]) -> None:
+        self._reader, self._leaves = reader, leaves
+        self._buffer = new_buffer(LEAF)
+        self.done = 0
+
+    def prepare(self, window: Window) -> Window:
+        if not window.read:
+            return window
+        plan = layout(window.segments, LEAF)
+        buffer = self._buffer[: plan.size]
+        self._reader.fill(window.rows, plan.pieces, buffer)
+        for start, length, at in plan.pieces.tolist():
+            state = hashlib.sha256(b"\0")
+            state.update(buffer[at : at + length])
+            self._leaves[start // LEAF] = state.digest()
+        return window
+
+    def settle(self, window: Window) -> None:
+        """Leaves need no order."""
+
+    def write(self, window: Window) -> None:
+        self.done += window.stop - window.start

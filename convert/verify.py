@@ -1,0 +1,82 @@
+"""Reading a target back before it gets its name."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diskmorph.convert.compare import compare_disks
+from diskmorph.convert.opening import open_source
+from diskmorph.formats.errors import IntegrityError, OptionError
+from diskmorph.formats.output import FileMember
+from diskmorph.formats.policy import Opener, Parents
+from diskmorph.formats.source import ByteSource, FileSource
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from diskmorph.convert.options import Progress
+    from diskmorph.convert.plan import Plan
+    from diskmorph.formats.output import Target
+
+
+class _Unnamed(FileSource):
+    """A file that is being written and has no name yet, read as if it had."""
+
+    def __init__(self, descriptor: int, path: Path) -> None:
+        super().__init__(f"/proc/self/fd/{descriptor}", shared=True)
+        self.name = str(path)
+        self._named = path
+
+    @property
+    def path(self) -> Path:
+        """Return the path that the file will have."""
+        return self._named
+
+
+@dataclass(frozen=True)
+class _TargetOpener(Opener):
+    """Opens a target's other members by the names that they will have."""
+
+    members: Mapping[str, int] = field(default_factory=dict)
+
+    def sibling(self, name: str, near: ByteSource, what: str = "extent") -> FileSource:
+        """See Opener."""
+        found = self.members.get(name)
+        if found is None or near.path is None:
+            return super().sibling(name, near, what)
+        return _Unnamed(found, near.path.parent / name)
+
+
+def verify(
+    plan: Plan, target: Target, sizes: Sequence[int], on_progress: Callable[[Progress], None] | None = None
+) -> None:
+    """Read the target back, whole, and compare it with the source. Raises IntegrityError where they differ."""
+    members = list(target.members)
+    if not all(member.fileno() is not None for member in members):
+        raise OptionError("standard output cannot be read back", hint="leave out --verify, or write to a file")
+    for member, size in zip(members, sizes, strict=True):
+        if isinstance(member, FileMember):
+            member.resize(size)
+    descriptors = {Path(member.name).name: member.fileno() or 0 for member in members}
+    parents = replace(plan.options.parents, backing=None)
+    if plan.base is not None:
+        parents = replace(parents, allow=(*parents.allow, Path(os.path.realpath(plan.base.name)).parent))
+    opener = _TargetOpener(Parents(parents.allow, None, shared=True), plan.options.limits, members=descriptors)
+    first = _Unnamed(members[0].fileno() or 0, Path(members[0].name))
+    with open_source("", format=plan.format.name, limits=plan.options.limits, opener=opener, source=first) as written:
+        if written.disk.size < plan.disk.size:
+            raise IntegrityError(
+                "what was written is shorter", file=plan.target, expected=plan.disk.size, found=written.disk.size
+            )
+        result = compare_disks(
+            plan.disk, written.disk, max_ranges=1, threads=plan.options.threads, on_progress=on_progress
+        )
+    if not result.identical:
+        raise IntegrityError(
+            "what was written does not read back as the source",
+            file=plan.target,
+            offset=result.first_difference,
+        )
