@@ -6,6 +6,7 @@ The driver is deliberately not the pipeline: it moves bytes in the plainest way,
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import random
 import subprocess
 from dataclasses import dataclass, field
@@ -112,14 +113,16 @@ def drive(
         stop = min(low + step, disk.size)
         from diskmorph.formats.views import Slice
 
-        runs = unit_runs(Slice(disk, low, stop - low), allocator.grain, overlay=allocator.overlay)
+        piece = allocator.grain if encode is None else allocator.unit  # encoded runs are whole units
+        runs = unit_runs(Slice(disk, low, stop - low), piece, overlay=allocator.overlay)
         runs["start"] += np.uint64(low)
         _put_runs(allocator, disk, runs, put, encode)
         for write in allocator.settle(stop):
             put(*write)
     for write in allocator.finish():
         put(*write)
-    for file, size in zip(files, allocator.sizes(), strict=True):
+    for file, size, reach in zip(files, allocator.sizes(), high, strict=True):
+        assert reach <= size, f"written up to {reach}, but the size is said to be {size}"
         file.truncate(size)
         file.close()
     return paths
@@ -182,7 +185,7 @@ def write_image(
 
 
 def run(*argv: Any, ok: bool = True) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([str(a) for a in argv], capture_output=True, text=True, check=False)
+    done = subprocess.run([str(a) for a in argv], capture_output=True, text=True, errors="replace", check=False)
     assert not ok or done.returncode == 0, (
         f"{' '.join(map(str, argv))}: exit {done.returncode}: {done.stderr or done.stdout}"
     )
@@ -217,3 +220,19 @@ class AllocatorCase:
     peer: str | None = None
     codec: int | None = None
     encode: Callable[[bytes], bytes] | None = None
+
+
+CASES = Path(__file__).parent / "contract" / "cases"
+
+
+def contract_cases(kind: str) -> list[tuple[str, Any]]:
+    """(format, case) of every file in tests/contract/cases; `kind` is DISKS or ALLOCATORS."""
+    found = []
+    for path in sorted(CASES.glob("*.py")):
+        spec = importlib.util.spec_from_file_location(f"contract_cases_{path.stem}", path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        found += [(path.stem, case) for case in getattr(module, kind)]
+    return found
