@@ -23,7 +23,7 @@ def _inflate(wbits: int) -> Callable[[Buffer, int], bytes]:
 
         try:
             return isal_zlib.decompressobj(wbits).decompress(stored, length + 1)
-        except (igzip_lib.IsalError, zlib.error) as error:
+        except (igzip_lib.IsalError, zlib.error) as error:  # type: ignore[misc]  # a class, though its stub says otherwise
             raise FormatError(f"compressed data is damaged: {error}") from error
 
     return decode

@@ -119,6 +119,15 @@ FORMATS: tuple[Format, ...] = (
     ),
 )
 
+_ISO = Format(
+    "iso",
+    _DISKS + "iso",
+    at(32769, b"CD001", "iso", "ISO 9660 volume descriptor"),
+    suffixes=(".iso",),
+    title="optical disc",
+)
+FORMATS += (_ISO,)  # last: what lies in a container is not the outermost format
+
 RAW = Format("raw", _DISKS + "raw", lambda _: None, suffixes=(".raw", ".img", ".dd", ".bin"), title="plain disk")
 
 
@@ -133,8 +142,6 @@ def _inside(source: ByteSource) -> list[Signature]:
         for sector in (512, 4096)
         if source.read_upto(sector, 8) == b"EFI PART"
     )
-    if source.read_upto(32769, 5) == b"CD001":
-        found.append(Signature("iso", 32769, "ISO 9660 volume descriptor", outer=False))
     return found
 
 
