@@ -96,7 +96,9 @@ def _check_count(disk: VdiDisk, report: CheckReport, end: int, repair: str | Non
     if said == end:
         return
     low = said < end
+    # Beyond the places in use may lie the data of a block whose entry is damaged: leave room for it to be saved.
+    mendable = low or not report.corruptions
     message = f"blocks_allocated is {said}, but the map uses {end} places"
     report.add("header", header.allocated_at, message, ERROR if low else LEAK, 1 if low else said - end)
-    if repair == "all" or (repair == "leaks" and not low):
+    if mendable and (repair == "all" or (repair == "leaks" and not low)):
         report.patches.append(Patch(header.allocated_at, end.to_bytes(4, "little"), "count of allocated blocks"))
