@@ -138,7 +138,24 @@ def verb_parser(verb: Verb, command: Command) -> Parser:
         allow_abbrev=False,
     )
     command.add_arguments(parser)
+    if not _has_subverbs(parser):
+        parser.usage = f"{parser.prog} [OPTION...] {_arguments_text(parser)}".rstrip()
+    parser._positionals.title = "arguments"  # noqa: SLF001 - argparse has no public way to name them
     return parser
+
+
+def _has_subverbs(parser: argparse.ArgumentParser) -> bool:
+    return any(isinstance(action, argparse._SubParsersAction) for action in parser._actions)  # noqa: SLF001 - likewise
+
+
+def _arguments_text(parser: argparse.ArgumentParser) -> str:
+    """Return the arguments for the usage line; the many options are listed below it."""
+    words = [
+        f"[{action.metavar or action.dest}]" if action.nargs == "?" else str(action.metavar or action.dest)
+        for action in parser._actions  # noqa: SLF001 - likewise
+        if not action.option_strings
+    ]
+    return " ".join(words)
 
 
 def examples_text(examples: Sequence[tuple[str, str]]) -> str:
@@ -148,7 +165,7 @@ def examples_text(examples: Sequence[tuple[str, str]]) -> str:
 
 def parse(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
     """Parse a verb's words; options and arguments may be mixed. Raises Usage."""
-    if any(isinstance(action, argparse._SubParsersAction) for action in parser._actions):  # noqa: SLF001 - no public way
+    if _has_subverbs(parser):
         return parser.parse_args(words)
     return parser.parse_intermixed_args(words)
 

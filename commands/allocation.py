@@ -96,12 +96,17 @@ def drawing(found: Tally, name: str, *, width: int, colour: bool) -> Iterator[st
     yield f"{printable(name)}: {size_text(found.size)}, {found.extents} extents"
     if not found.size:
         return
-    shown = _regrouped(found, across * 24)
+    shown = _regrouped(found, across * 16)
     step = -(-found.size // shown.shape[1])
     best = np.argmax(shown > 0, axis=0)  # the first class that is there at all
-    for at in range(0, shown.shape[1], across):
-        classes = best[at : at + across].tolist()
-        yield f"{size_text(at * step):>{label}}  " + _paint(classes, colour=colour)
+    rows = [best[at : at + across].tolist() for at in range(0, len(best), across)]
+    at = 0
+    while at < len(rows):
+        yield f"{size_text(at * across * step):>{label}}  " + _paint(rows[at], colour=colour)
+        like = next((i for i in range(at + 1, len(rows)) if rows[i] != rows[at]), len(rows)) - at - 1
+        if like > 2:
+            yield f"{'...':>{label}}  {like} more rows like that"
+        at += like + 1 if like > 2 else 1
     yield ""
     yield f"one character is {size_text(step)}"
     for kind, word in enumerate(CLASSES):

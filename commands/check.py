@@ -49,12 +49,13 @@ def run(args: argparse.Namespace, out: Output) -> int:
         args.image,
         format=args.format,
         parents=parents_of(args),
-        repair=args.repair,
-        target=args.target,
+        repair=None if args.dry_run else args.repair,
+        output=None if args.dry_run else args.target,
         force=args.force,
         sync=not args.no_sync,
-        dry_run=args.dry_run,
     )
+    if args.dry_run and args.repair:
+        out.note("nothing was changed; these findings are what a repair would begin with")
     out.report(_report(found), _lines(found))
     return 0 if found.clean else 3
 

@@ -75,12 +75,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_shape(parser: argparse.ArgumentParser) -> None:
+    from diskmorph.convert.targets import PROFILES
+
+    profiles = ", ".join(profile.name for profile in PROFILES)
     group = parser.add_argument_group("shape of the target")
     group.add_argument("-O", dest="target_format", metavar="FMT", help="the target's format (default: by its suffix)")
     group.add_argument(
         "-o", dest="options", action="append", default=[], metavar="K=V,...", help="format options; -o help lists them"
     )
-    group.add_argument("--for", dest="profile", metavar="TARGET", help=f"one of {', '.join(PROFILES)}")
+    group.add_argument("--for", dest="profile", metavar="TARGET", help=f"one of {profiles}")
     group.add_argument("-c", dest="compressed", action="store_true", help="compress by the format's default codec")
     group.add_argument("--compress", metavar="CODEC[:LEVEL]", help="compress by deflate or zstd")
     group.add_argument("-B", dest="base", metavar="BASE", help="write only what differs from BASE, as an overlay on it")
@@ -101,9 +104,6 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     group.add_argument("-C", action="store_true", help=argparse.SUPPRESS)  # copy offloading: wherever it helps
     group.add_argument("-t", dest="cache", choices=CACHE_MODES, help=argparse.SUPPRESS)
     group.add_argument("-T", dest="source_cache", choices=CACHE_MODES, help=argparse.SUPPRESS)
-
-
-PROFILES = ("azure", "gcp", "aws", "openstack", "esxi", "virtualbox", "hyperv", "proxmox")
 
 
 def _snapshot_word(word: str) -> str:

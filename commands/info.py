@@ -81,13 +81,14 @@ def _facts(report: dict[str, Any], *, verbose: bool) -> list[tuple[str, str]]:
         facts.append(("sector size", f"{report['sector_size']} bytes"))
     if report["allocation_unit"]:
         facts.append(("allocation unit", size_text(report["allocation_unit"])))
-    facts.extend((name.replace("_", " "), _value_text(value)) for name, value in report["features"].items())
+    told = {name: value for name, value in report["features"].items() if verbose or value not in (False, None, [], "")}
+    facts.extend((name.replace("_", " "), _value_text(value)) for name, value in told.items())
     if report["parent"]:
         facts.append(("parent", _parent_text(report["parent"])))
     if report["bitmaps"]:
         facts.append(("bitmaps", ", ".join(report["bitmaps"])))
-    outer = {signature["format"] for signature in report["signatures"]} - {report["format"]}
-    if outer or verbose:
+    known = {report["format"], "mbr", "gpt"} if report["partition_table"] else {report["format"]}
+    if verbose or {signature["format"] for signature in report["signatures"]} - known:
         marks = [f"{signature['what']} at {signature['offset']}" for signature in report["signatures"]]
         facts.append(("signatures", ", ".join(marks) or "none"))
     if report["filesystem"]:
@@ -114,7 +115,7 @@ def _filesystem_text(filesystem: dict[str, Any] | None) -> str:
     if filesystem is None:
         return "-"
     label = f" {filesystem['label']!r}" if filesystem["label"] else ""
-    return filesystem["type"] + label
+    return f"{filesystem['type']}{label}"
 
 
 def _partition_lines(report: dict[str, Any]) -> Iterator[str]:

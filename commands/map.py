@@ -53,12 +53,13 @@ def run(args: argparse.Namespace, out: Output) -> int:
             from diskmorph.commands.plot import write_plot
 
             write_plot(found, args.image, args.plot, force=args.force)
-            out.detail(f"{args.plot}: written")
         if out.json:
             _print_json(disk, out)
         elif out.verbose:
             for line in _listing(disk):
                 out.line(line)
+        elif args.plot:
+            out.report({}, [f"{args.plot}: written"])
         else:
             _print_drawing(found, args.image, out)
     return 0

@@ -40,9 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, out: Output) -> int:
     """See diskmorph.commands."""
     import diskmorph
+    from diskmorph.commands.progress import progress
     from diskmorph.commands.text import exact_size_text, properties
     from diskmorph.convert.options import ConvertOptions
-    from diskmorph.formats.registry import require_format
 
     options = ConvertOptions(
         source_format=args.format,
@@ -53,7 +53,8 @@ def run(args: argparse.Namespace, out: Output) -> int:
         zero_unit=size_of(args.zero_unit, "-S") or 0,
         parents=parents_of(args),
     )
-    found = diskmorph.measure(args.image, require_format(args.target_format).name, options=options)
+    with progress(out, "measuring") as tell:
+        found = diskmorph.measure(args.image, args.target_format, options=options, on_progress=tell)
     lines = properties(
         [
             ("required", exact_size_text(found.required) + ("" if found.exact else ", at most")),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from xml.sax.saxutils import escape
@@ -54,7 +53,7 @@ def require_suffix(name: str) -> None:
 def write_plot(found: Tally, title: str, name: str, *, force: bool) -> None:
     """Write the drawing to the file `name`. Raises OptionError (suffix), TargetError (it exists, it cannot be made)."""
     require_suffix(name)
-    width, height, shapes = _layout(found, printable(title))
+    width, height, shapes = _layout(found, printable(Path(title).name))
     draw = _png if name.lower().endswith(".png") else _svg
     _put(Path(name), draw(width, height, shapes), force=force)
 
@@ -78,7 +77,7 @@ def _layout(found: Tally, title: str) -> tuple[int, int, list[Rect | Label]]:
     height = below + 20 * len(present) + _BOTTOM
     shapes: list[Rect | Label] = [Rect(0, 0, width, height, _PAPER)]
     step = -(-found.size // found.cells) if found.cells else 0
-    shapes.append(Label(_LEFT, 20, os.path.basename(title), 16, _INK))
+    shapes.append(Label(_LEFT, 20, title, 16, _INK))
     summary = f"{size_text(found.size)}, {found.extents} extents; a square is {size_text(step)}"
     shapes.append(Label(_LEFT, 40, summary, 12, _FAINT))
     for row in range(0, rows, 4):
@@ -115,10 +114,9 @@ def _parts(parts: list[float]) -> list[tuple[int, int]]:
 
 
 def _svg(width: int, height: int, shapes: list[Rect | Label]) -> bytes:
-    lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
-        'font-family="DejaVu Sans, Verdana, sans-serif">'
-    ]
+    size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
+    font = 'font-family="DejaVu Sans, Verdana, sans-serif"'
+    lines = [f'<svg xmlns="http://www.w3.org/2000/svg" {size} {font}>']
     for shape in shapes:
         if isinstance(shape, Rect):
             lines.append(

@@ -117,10 +117,20 @@ class _Bar(_Teller):
 
     def _draw(self, now: Progress) -> None:
         width = shutil.get_terminal_size((80, 24)).columns - 1
-        text = bar_text(now, now.phase or self._doing, time.monotonic() - self._phase_start, self._phase_done, width)
+        text = bar_text(
+            now,
+            _DOING.get(now.phase, now.phase or self._doing),
+            time.monotonic() - self._phase_start,
+            self._phase_done,
+            width,
+        )
         self._out.stderr.write("\r" + text + "\x1b[K")
         self._out.stderr.flush()
         self._drawn = True
+
+
+_DOING = {"convert": "converting", "verify": "verifying", "compare": "comparing", "digest": "hashing"}
+"""What a phase is called on the bar; in JSON it keeps its own name."""
 
 
 def bar_text(now: Progress, doing: str, seconds: float, first: int, width: int) -> str:

@@ -222,16 +222,3 @@ def _probe(disk: Disk, start: int, length: int, what: str, warnings: list[str]) 
     except DiskmorphError as error:
         warnings.append(f"{what} cannot be read: {error}")
         return None
-
-
-def ambiguity(found: Sequence[Signature], chosen: Format) -> str | None:
-    """Return what to tell where an image carries the signatures of several formats that could each hold it."""
-    others = [signature for signature in found if signature.outer and signature.format != chosen.name]
-    if not others:
-        return None
-    rest = ", ".join(f"{signature.what} at {signature.offset}" for signature in others)
-    names = ", ".join(dict.fromkeys(signature.format for signature in others))
-    return f"read as {chosen.name}, but there is also a {rest}; if it is {names}, say so with -f {others[0].format}"
-
-
-__all__ = ["Content", "Inspection", "ambiguity", "inspect", "look_inside"]
