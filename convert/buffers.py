@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+
 from diskmorph.convert.windows import READ
 from diskmorph.formats.allocator import RUN
 from diskmorph.formats.extents import ABSENT, DATA, ZERO
 
 if TYPE_CHECKING:
-    from diskmorph.convert.windows import Window
     from numpy.typing import NDArray
+
+    from diskmorph.convert.windows import Window
 
 FINE = 4096
 """Unit of zero detection within what is read, unless a smaller one is asked for."""
@@ -29,7 +31,7 @@ def new_buffer(size: int) -> memoryview:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where the READ ranges of a window lie in its buffer: `pieces`, each at a multiple of `pad`, `size` bytes in all."""
+    """Where the READ ranges of a window lie in its buffer: `pieces`, each at a multiple of some pad; `size` in all."""
 
     pieces: NDArray[np.void]
     size: int
@@ -59,7 +61,7 @@ def positions(pieces: NDArray[np.void], starts: NDArray[np.uint64]) -> NDArray[n
 def meet(
     a_start: NDArray[np.uint64], a_stop: NDArray[np.uint64], b_start: NDArray[np.uint64], b_stop: NDArray[np.uint64]
 ) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.uint64], NDArray[np.uint64]]:
-    """Intersect two lists of sorted, disjoint ranges: return index into a, index into b, start, stop of each overlap."""
+    """Return the overlaps of two lists of sorted, disjoint ranges: index into a, index into b, start, stop."""
     first = np.searchsorted(b_stop, a_start, side="right")
     counts = np.searchsorted(b_start, a_stop, side="left") - first
     np.maximum(counts, 0, out=counts)

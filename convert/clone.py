@@ -8,15 +8,17 @@ import struct
 from typing import TYPE_CHECKING
 
 import numpy as np
+
 from diskmorph.convert.windows import CLONE_ALIGN, CLONE_LEAST
 from diskmorph.formats.extents import DATA, PLAIN
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
-    from diskmorph.convert.moves import Reader
     from numpy.typing import NDArray
+
+    from diskmorph.convert.moves import Reader
 
 _FICLONERANGE = 0x4020940D  # linux/fs.h: _IOW(0x94, 13, struct file_clone_range)
 _RANGE = "=qQQQ"  # struct file_clone_range: src_fd, src_offset, src_length, dest_offset
@@ -50,7 +52,7 @@ class Cloner:
 
     def mask(self, rows: NDArray[np.void]) -> NDArray[np.bool_]:
         """Return for each extent whether it is plain data, long, and aligned, in a file that can be cloned."""
-        fits = (rows["kind"] == DATA) & (rows["codec"] == PLAIN) & (rows["length"] >= CLONE_LEAST)
+        fits: NDArray[np.bool_] = (rows["kind"] == DATA) & (rows["codec"] == PLAIN) & (rows["length"] >= CLONE_LEAST)
         if not fits.any():
             return fits
         align = np.uint64(CLONE_ALIGN)

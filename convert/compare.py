@@ -7,6 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
 from diskmorph.convert import buffers
 from diskmorph.convert.buffers import PIECE, layout, new_buffer
 from diskmorph.convert.moves import Reader
@@ -18,10 +19,11 @@ from diskmorph.convert.workers import Crew
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from numpy.typing import NDArray
+
     from diskmorph.formats.disk import Disk
     from diskmorph.formats.limits import Limits
     from diskmorph.formats.policy import Parents
-    from numpy.typing import NDArray
 
 _CAPACITY = 1 << 20
 _STEP = 4096
@@ -40,7 +42,7 @@ def compare(
     threads: int | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Comparison:
-    """Compare what guests see; ranges of differing bytes are given in order, the first `max_ranges` of them (None: all).
+    """Compare what guests see; ranges of differing bytes come in order, the first `max_ranges` of them (None: all).
 
     Differences less than a sector apart make one range. Of unequal sizes the longer disk's tail must read zero;
     `strict` demands equal sizes. What both sides store in the same bytes of the same file is not read. Raises what

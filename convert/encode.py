@@ -1,4 +1,4 @@
-"""The hand that encodes: whole units, compressed before their turn, so that their sizes are known when they are placed."""
+"""The hand that encodes: whole units, compressed before their turn, so that sizes are known when they are placed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+
 from diskmorph.convert import buffers
 from diskmorph.convert.buffers import layout, new_buffer
 from diskmorph.convert.options import Moved
@@ -14,13 +15,14 @@ from diskmorph.formats.errors import IntegrityError
 from diskmorph.formats.extents import ABSENT, DATA, PLAIN, ZERO
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from diskmorph.convert.codecs import Encoder
     from diskmorph.convert.moves import Reader, Writer
     from diskmorph.convert.plain import Ways
     from diskmorph.convert.windows import Window
     from diskmorph.formats.allocator import Allocator, Write
     from diskmorph.formats.source import Buffer
-    from numpy.typing import NDArray
 
 
 @dataclass(slots=True)

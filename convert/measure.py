@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+
 from diskmorph.convert.copy import run
 from diskmorph.convert.job import transfer_of
 from diskmorph.convert.options import ConvertOptions, Measurement, Progress

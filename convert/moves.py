@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
+
 from diskmorph.convert.buffers import meet
 from diskmorph.convert.clone import clone_range
 from diskmorph.formats.errors import DiskmorphError, SourceError
@@ -15,10 +16,12 @@ from diskmorph.formats.extents import DATA, PLAIN, stops
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from numpy.typing import NDArray
+
     from diskmorph.formats.allocator import Write
     from diskmorph.formats.disk import Disk
     from diskmorph.formats.output import Member
-    from numpy.typing import NDArray
+    from diskmorph.formats.source import Buffer
 
 _HELD = 96
 """Descriptors of source files that are held for a whole run; more files are read through their pool."""
@@ -32,7 +35,7 @@ class Reader:
         self._stack = contextlib.ExitStack()
         self._lent: dict[int, tuple[int, int] | None] = {}
 
-    def __enter__(self) -> Reader:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -170,7 +173,7 @@ class Writer:
         ):
             self.members[number].write(to, buffer[begin : begin + count])
 
-    def strings(self, member: Sequence[int], offset: Sequence[int], data: Sequence[bytes | memoryview]) -> None:
+    def strings(self, member: Sequence[int], offset: Sequence[int], data: Sequence[Buffer]) -> None:
         """Write byte strings; those that continue each other go as one."""
         index = 0
         while index < len(data):

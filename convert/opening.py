@@ -7,7 +7,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from diskmorph.formats.disk import Disk, ImageDisk, ImageInfo
 from diskmorph.formats.errors import SourceError
@@ -47,7 +47,7 @@ class Opened:
         if self.owned:
             self.disk.close()
 
-    def __enter__(self) -> Opened:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -66,7 +66,8 @@ def open_source(
 ) -> Opened:
     """Open a disk image with its parents, standard input (`-`), or take a Disk as it is.
 
-    `source`: the bytes of the image, where they are open already; `what` is then not looked at. Raises what `formats.registry.open_disk` raises.
+    `source`: the bytes of the image, where they are open already; `what` is then not looked at. Raises what
+    `formats.registry.open_disk` raises.
     """
     if isinstance(what, Disk):
         return Opened(what.name, what, what.format, owned=False)
@@ -161,7 +162,7 @@ def _write_all(target: int, view: memoryview, at: int) -> None:
         view, at = view[count:], at + count
 
 
-class Probed(str):  # noqa: FURB189
+class Probed(str):
     """A format's name, with the marks that were found: `signatures`."""
 
     __slots__ = ("signatures",)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+
 from diskmorph.convert import buffers
 from diskmorph.convert.buffers import PIECE, layout, meet, new_buffer
 from diskmorph.convert.options import Moved
@@ -17,9 +18,10 @@ from diskmorph.formats.extents import ABSENT, DATA, PLAIN, ZERO, stops
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from numpy.typing import NDArray
+
     from diskmorph.convert.moves import Reader, Writer
     from diskmorph.formats.allocator import Allocator, Write
-    from numpy.typing import NDArray
 
 _FIRST_LOOK = 64 << 10
 

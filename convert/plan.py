@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from diskmorph.convert.opening import Opened, open_source
 from diskmorph.convert.targets import Profile, applied, padded
@@ -43,7 +43,7 @@ class Plan:
         if self.base is not None:
             self.base.close()
 
-    def __enter__(self) -> Plan:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

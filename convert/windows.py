@@ -11,15 +11,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from diskmorph.formats.source import FileSource
+
 from diskmorph.formats.extents import ABSENT, BATCH, DATA, EXTENT, HOLE, PLAIN, ZERO, clip, cut, row, stops
+from diskmorph.formats.source import FileSource
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from numpy.typing import NDArray
+
     from diskmorph.formats.disk import Disk
     from diskmorph.formats.source import ByteSource
-    from numpy.typing import NDArray
 
 SKIP, CLONE, READ = range(3)
 
