@@ -1,5 +1,7 @@
 """VMDK: VMware's virtual disks, of one file or many (docs/formats/vmdk.md)."""
 
 from diskmorph.formats.vmdk.reader import open_image
+from diskmorph.formats.vmdk.settings import OPTIONS, SUBFORMATS
+from diskmorph.formats.vmdk.writer import new_allocator
 
-__all__ = ["open_image"]
+__all__ = ["OPTIONS", "SUBFORMATS", "new_allocator", "open_image"]
