@@ -41,6 +41,7 @@ EXAMPLES = (
     ("diskmorph convert --allow-parent . top.qcow2 flat.qcow2", "a chain of backing files, flattened"),
     ("diskmorph convert -B base.qcow2 now.raw over.qcow2", "only what differs from another image"),
     ("diskmorph convert --snapshot monday disk.qcow2 monday.raw", "an internal snapshot"),
+    ("diskmorph convert seed/ seed.iso --label cidata", "a directory, as a seed for cloud-init"),
     ("diskmorph convert --size 20G disk.raw disk.vdi", "grown on the way"),
     ("diskmorph convert --verify --digest disk.vhdx disk.qcow2", "read back, and hashed"),
     ("diskmorph convert --dry-run disk.qcow2 disk.vmdk", "what would happen, and what would be lost"),
@@ -88,6 +89,7 @@ def _add_shape(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--compress", metavar="CODEC[:LEVEL]", help="compress by deflate or zstd")
     group.add_argument("-B", dest="base", metavar="BASE", help="write only what differs from BASE, as an overlay on it")
     group.add_argument("-F", dest="base_format", metavar="FMT", help="the format of BASE (default: by its content)")
+    group.add_argument("--label", metavar="LABEL", help="the volume's label, of an ISO")
     group.add_argument("--size", metavar="SIZE", help="another virtual size; data is never cut off")
     group.add_argument("-S", dest="zero_unit", metavar="SIZE", default="4k", help="unit of zero detection; 0: off")
     group.add_argument("--flatten", action="store_true", help="make one image of a chain (the default)")
@@ -155,6 +157,7 @@ def options_of(args: argparse.Namespace) -> ConvertOptions:
         force=args.force,
         dry_run=args.dry_run,
         device=args.device,
+        label=args.label,
         threads=args.threads,
         parents=parents_of(args),
     )

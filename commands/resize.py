@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from diskmorph.commands.output import Output
 
 DESCRIPTION = """\
-Give an image another virtual size: in place where its tables allow, a journal of what was there before being written
-first; else -o writes a new image. What lies beyond a smaller size is cut off only with --shrink."""
+Give an image another virtual size: it is written anew and takes its own place when it is complete, or goes to another
+file with -o. What lies beyond a smaller size is cut off only with --shrink."""
 
 EXAMPLES = (
     ("diskmorph resize disk.qcow2 40G", "to 40 GiB"),
     ("diskmorph resize disk.qcow2 +10G", "10 GiB larger"),
-    ("diskmorph resize -o large.vdi disk.vdi 40G", "into a new image"),
+    ("diskmorph resize -o large.vdi disk.vdi 40G", "into a new file, the old one staying"),
     ("diskmorph resize --shrink disk.raw 5G", "smaller; what lies beyond is gone"),
 )
 
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """See diskmorph.commands."""
     parser.add_argument("image", metavar="IMG", help="the image")
     parser.add_argument("size", metavar="SIZE", help="the new virtual size; +SIZE and -SIZE are relative")
-    parser.add_argument("-o", dest="target", metavar="DST", help="write a new image instead")
+    parser.add_argument("-o", dest="target", metavar="DST", help="write to another file")
     parser.add_argument("-O", dest="target_format", metavar="FMT", help="DST's format (default: the same)")
     parser.add_argument("--options", action="append", default=[], metavar="K=V,...", help="DST's format options")
     parser.add_argument("--shrink", action="store_true", help="allow a smaller size")
