@@ -88,7 +88,7 @@ def open_image(source: ByteSource, context: OpenContext) -> VmdkDisk:
     if found is None:
         extent = open_sparse(source, None, context)
         return _disk((source,), [(extent, 0)], None, [_BARE])
-    return _Opening(source, found, context, embedded=is_sparse(source)).disk()
+    return Opening(source, found, context, embedded=is_sparse(source)).disk()
 
 
 _BARE = "has no descriptor: it is read alone, as one extent; the rest of its disk, and its parent if any, are not"
@@ -217,7 +217,7 @@ def _require_end(source: ByteSource, header: SparseHeader, found: hosted.Directo
 
 
 @dataclass
-class _Opening:
+class Opening:
     """Opens the extents that a descriptor names; closes them again if one of them fails."""
 
     source: ByteSource
@@ -228,13 +228,16 @@ class _Opening:
     numbers: dict[str, int] = field(default_factory=dict)
     sparse: set[int] = field(default_factory=set)
 
-    def disk(self) -> VmdkDisk:
-        self._refuse_devices()
+    def __post_init__(self) -> None:
         self.files = [self.source]
+
+    def disk(self) -> VmdkDisk:
+        """Return the disk of all extents."""
+        self.refuse_devices()
         if not self.found.extents:
             raise self._fault("names no extent", "extents")
         try:
-            parts = [self._open(line) for line in self.found.extents]
+            parts = [self.open(line) for line in self.found.extents]
             return _disk(self.files, parts, self.found, [])
         except BaseException:
             for opened in self.files[1:]:
@@ -246,7 +249,8 @@ class _Opening:
             problem, file=self.source.name, format="vmdk", structure="descriptor", field=name, found=found
         )
 
-    def _refuse_devices(self) -> None:
+    def refuse_devices(self) -> None:
+        """Raise UnsupportedError for disks that stand for devices, and for extents whose content is not known."""
         device = _DEVICES.get((self.found.create_type or "").lower())
         line = next((line for line in self.found.extents if line.kind not in _FLAT | _SPARSE | {"ZERO"}), None)
         word = device or (line.kind if line else None)
@@ -273,7 +277,8 @@ class _Opening:
                 field=f"line {closed.line}",
             )
 
-    def _open(self, line: ExtentLine) -> tuple[Extent, int]:
+    def open(self, line: ExtentLine) -> tuple[Extent, int]:
+        """Return the extent of a line and the number of its file. Raises FormatError, PolicyError, SourceError."""
         size = line.sectors * SECTOR
         child = self.found.has_parent
         if line.kind == "ZERO":
@@ -292,8 +297,7 @@ class _Opening:
     def _file(self, line: ExtentLine) -> int:
         """Return the number of the extent's file, opened if it was not yet; an embedded descriptor's own is 0."""
         name = line.name or ""
-        own = self.embedded and line.kind == "SPARSE" and not self.sparse
-        if own and (len(self.found.extents) == 1 or self._is_self(name)):
+        if self.is_own(line):
             return 0
         if name not in self.numbers:
             opened = self.context.opener.sibling(name, self.source)
@@ -301,8 +305,13 @@ class _Opening:
             self.files.append(opened)
         return self.numbers[name]
 
-    def _is_self(self, name: str) -> bool:
-        return self.source.path is not None and self.source.path.name == name
+    def is_own(self, line: ExtentLine) -> bool:
+        """Whether the line means the file that its descriptor is embedded in, which may have been renamed since."""
+        if not self.embedded or line.kind != "SPARSE":
+            return False
+        if len(self.found.extents) == 1:
+            return True
+        return self.source.path is not None and self.source.path.name == line.name
 
 
 def _disk(
