@@ -27,10 +27,13 @@ class _ConvertModule(ModuleType):
         options: ConvertOptions | None = None,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> ConvertReport:
-        """Convert a disk; see `diskmorph.convert.job.convert`."""
-        from diskmorph.convert.job import convert  # noqa: PLC0415 - NumPy loads when it is needed
+        """Convert anything to anything; of disks see `diskmorph.convert.job.convert`, of the rest convert/routes.py."""
+        from diskmorph.convert.options import ConvertOptions  # noqa: PLC0415 - NumPy loads when it is needed
+        from diskmorph.convert.routes import converter  # noqa: PLC0415
 
-        return convert(source, target, options=options, on_progress=on_progress)
+        chosen = options or ConvertOptions()
+        convert = converter(source, target, chosen)
+        return convert(source, target, options=chosen, on_progress=on_progress)
 
 
 sys.modules[__name__].__class__ = _ConvertModule

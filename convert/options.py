@@ -37,6 +37,7 @@ class ConvertOptions:
     - `zero_unit`: unit of zero detection (`-S`); 0 writes everything, holes included.
     - `profile`: a target's name (`--for azure`).
     - `digest`, `verify`, `reproducible`, `sync`, `force`, `dry_run`, `device`: as on the command line.
+    - `label`: the volume's label, of an ISO.
     - `rate`: bytes a second at most; `threads`: workers (None: one a core).
     - `parents`, `limits`: what the source may open and cost.
     """
@@ -59,6 +60,7 @@ class ConvertOptions:
     force: bool = False
     dry_run: bool = False
     device: bool = False
+    label: str | None = None
     threads: int | None = None
     parents: Parents = field(default_factory=Parents)
     limits: Limits = field(default_factory=Limits)

@@ -13,7 +13,9 @@ from diskmorph.formats.source import ByteSource, FileSource
 if TYPE_CHECKING:
     from diskmorph.formats.tree import Tree
 
-TREE_FORMATS = ("directory", "tar", "docker-archive", "oci", "oci-archive")
+TREE_FORMATS = ("directory", "tar", "docker-archive", "oci", "oci-archive", "iso")
+
+_ISO_MARK = 32769  # the first volume descriptor's identifier, ECMA-119 8.1.2
 
 
 def tree_format(path: str | os.PathLike[str]) -> str | None:
@@ -56,6 +58,10 @@ def open_tree(
         return open_image(name, format=found, platform=platform, limits=limits).tree()
     if found == "tar":
         return _open_tar(FileSource(name), limits)
+    if found == "iso":
+        from diskmorph.formats.iso import open_tree as open_iso  # noqa: PLC0415
+
+        return open_iso(FileSource(name), limits)
     if found is None:
         raise FormatError("is no tree: no directory, archive or container image", file=name)
     raise OptionError(f"{found} is no format of trees", hint=f"one of {', '.join(TREE_FORMATS)}")
@@ -82,7 +88,7 @@ def _archive_format(source: ByteSource) -> str | None:
 
     head = head_of(source, 512)
     if not is_tar(head):
-        return None
+        return "iso" if source.read_upto(_ISO_MARK, 5) == b"CD001" else None
     if codec_of(source) is not None:
         return "tar"
     from diskmorph.formats.oci import archive_format  # noqa: PLC0415

@@ -191,6 +191,16 @@ PathRecordM = Struct(
     "pad" / Bytes(this.name_length % 2),
 )
 
+# The start of a FAT file system (an EFI image): only what tells its size
+BootSector = Struct(
+    Padding(11),
+    "sector_size" / Int16ul,
+    Padding(6),
+    "sectors_16" / Int16ul,  # 0: see sectors_32
+    Padding(11),
+    "sectors_32" / Int32ul,
+)
+
 # zisofs: the header of a compressed file (libisofs doc/zisofs_format.txt, version 1)
 ZisofsHeader = Struct(
     "magic" / Const(b"\x37\xe4\x53\x96\xc9\xdb\xd6\x07"),

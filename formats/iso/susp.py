@@ -113,8 +113,8 @@ class _Reader:
                 mine = letters == word
                 handle(self, active[mine], at[mine], length[mine])
         self.at[active] = at + length
-        going = active[letters != _word(b"ST")]
-        return going[self.at[going] + 4 <= self.end[going]]
+        more: NDArray[np.bool_] = (letters != _word(b"ST")) & (self.at[active] + 4 <= self.end[active])
+        return active[more]
 
     def _gather(self, at: NDArray[np.int64], offset: int) -> NDArray[np.uint32]:
         cells = np.frombuffer(self.data, np.uint8)

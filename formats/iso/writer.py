@@ -39,9 +39,9 @@ _MOST_SECTORS = 0xFFFFFFFF
 class IsoOptions:
     """How an ISO is made.
 
-    `label`: at most 32 bytes; `joliet`: add names for Windows; `boot`, `efi`: paths in the tree of
-    the El Torito images for BIOS and UEFI, not emulated; `load_sectors`: sectors of 512 bytes of the BIOS image that the
-    firmware loads; `align_efi`: bytes; `time`: the volume's, since 1970; `room`: bytes free at the end.
+    `label`: at most 32 bytes; `joliet`: add names for Windows; `boot`, `efi`: paths in the tree of the El Torito images
+    for BIOS and UEFI, not emulated; `load_sectors`: how much of the BIOS image (in 512 bytes) the firmware loads;
+    `align_efi`: bytes; `time`: the volume's, since 1970; `room`: bytes free at the end.
     """
 
     label: str = "CDROM"

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from testkit import DiskCase, data
-
 from diskmorph.formats.iso.writer import IsoLayout, IsoOptions
 from diskmorph.formats.tree import Tree, file_node
+
+from testkit import DiskCase, data
 
 
 def _iso(folder: Path) -> tuple[Path, bytes]:

@@ -1,0 +1,72 @@
+"""Which function carries out a conversion: disks go through the pipeline, trees and packages have their own ways.
+
+A route is a row: it looks at the names, the formats that were asked for and, at the most, at the beginning of a file.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, cast
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from diskmorph.convert.options import ConvertOptions, ConvertReport
+    from diskmorph.formats.disk import Disk
+
+    Converter = Callable[..., ConvertReport]
+
+
+class Asked(NamedTuple):
+    """What is known of a conversion before anything is opened; names are None for open disks and pipes."""
+
+    source: str | None
+    target: str
+    options: ConvertOptions
+
+
+def _to_iso(asked: Asked) -> bool:
+    wanted = asked.options.target_format
+    return wanted == "iso" or (wanted is None and asked.target.lower().endswith(".iso"))
+
+
+def _from_iso(asked: Asked) -> bool:
+    """Say whether the source is an ISO by its content; `-f raw` takes its bytes as they are."""
+    if asked.source is None or asked.options.source_format not in {None, "iso"} or not Path(asked.source).is_file():
+        return False
+    from diskmorph.formats.probe import signatures  # noqa: PLC0415
+    from diskmorph.formats.source import FileSource  # noqa: PLC0415
+
+    with FileSource(asked.source, shared=True) as source:
+        outer = next((found for found in signatures(source) if found.outer), None)
+    return outer is not None and outer.format == "iso"
+
+
+class Route(NamedTuple):
+    """A way: taken when `takes` says so; `function` of `module` is called as `convert` is."""
+
+    takes: Callable[[Asked], bool]
+    module: str
+    function: str
+
+
+ROUTES: tuple[Route, ...] = (
+    Route(_to_iso, "diskmorph.convert.iso", "tree_to_iso"),
+    Route(_from_iso, "diskmorph.convert.iso", "iso_to_disk"),
+)
+
+
+def converter(
+    source: str | os.PathLike[str] | Disk, target: str | os.PathLike[str], options: ConvertOptions
+) -> Converter:
+    """Return the function that converts `source` to `target`."""
+    name = os.fspath(source) if isinstance(source, str | os.PathLike) else None
+    asked = Asked(None if name == "-" else name, os.fspath(target), options)
+    for route in ROUTES:
+        if route.takes(asked):
+            return cast("Converter", getattr(importlib.import_module(route.module), route.function))
+    from diskmorph.convert.job import convert  # noqa: PLC0415
+
+    return convert
