@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+
 from diskmorph.formats.allocator import Write
 from diskmorph.formats.errors import TargetError
 from diskmorph.formats.qcow2 import schema as s

@@ -90,7 +90,9 @@ def read_header(source: ByteSource, limits: Limits) -> Header:
     """
     head = source.read_upto(0, s.V2_LENGTH)
     if head[:4] != s.MAGIC:
-        raise bad("not a qcow2 image", source, "header", field="magic", offset=0, expected="514649fb", found=head[:4].hex())
+        raise bad(
+            "not a qcow2 image", source, "header", field="magic", offset=0, expected="514649fb", found=head[:4].hex()
+        )
     version = int.from_bytes(head[4:8], "big") if len(head) >= 8 else None
     if version is not None and version not in {2, 3}:
         raise UnsupportedError(
@@ -107,10 +109,10 @@ def read_header(source: ByteSource, limits: Limits) -> Header:
     if len(head) < s.V2_LENGTH:
         raise bad("the file ends inside its header", source, "header", offset=len(head), expected=s.V2_LENGTH)
     raw = s.HEADER.parse(head)
-    header = Header(
-        **{name: int(raw[name]) for name in _COMMON},
-        **(_version_3(source) if version == 3 else {}),
-    )
+    fields: dict[str, Any] = {name: int(raw[name]) for name in _COMMON}
+    if version == 3:
+        fields |= _version_3(source)
+    header = Header(**fields)
     _check_shape(header, source)
     extensions = read_extensions(source, header.header_length, _extensions_end(header, raw, source), limits)
     _refuse_unknown(header, extensions, source)
@@ -191,7 +193,15 @@ def _check_shape(header: Header, source: ByteSource) -> None:
     )
     for name, offset, value, good, expected in checks:
         if not good:
-            raise bad("a header field is impossible", source, "header", field=name, offset=offset, expected=expected, found=value)
+            raise bad(
+                "a header field is impossible",
+                source,
+                "header",
+                field=name,
+                offset=offset,
+                expected=expected,
+                found=value,
+            )
     if header.header_length > header.cluster:
         raise bad(
             "the header is longer than its cluster",
@@ -278,7 +288,9 @@ def _check_places(header: Header, source: ByteSource, limits: Limits) -> None:
             expected=f"at least {needed}",
             found=header.l1_size,
         )
-    require_table(source, "L1 table", header.l1_offset, header.l1_size * 8, header.cluster, limits, "l1_table_offset", 40)
+    require_table(
+        source, "L1 table", header.l1_offset, header.l1_size * 8, header.cluster, limits, "l1_table_offset", 40
+    )
     table = header.refcount_clusters << header.cluster_bits
     require_table(
         source, "refcount table", header.refcount_offset, table, header.cluster, limits, "refcount_table_offset", 48

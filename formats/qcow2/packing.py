@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -72,7 +74,7 @@ class Packer:
         last = ((offsets + sizes - _U(1)) // _U(self._cluster)).astype(np.int64)
         breaks = np.flatnonzero(first[1:] > last[:-1] + 1) + 1
         bounds = [0, *breaks.tolist(), len(first)]
-        for low, high in zip(bounds[:-1], bounds[1:], strict=True):
+        for low, high in itertools.pairwise(bounds):
             base = int(first[low])
             # A compressed cluster is smaller than a cluster, so it touches two at most.
             touched = np.bincount(first[low:high] - base, minlength=int(last[high - 1]) - base + 1)

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
+
 from diskmorph.formats.extents import ZERO
 from diskmorph.formats.qcow2 import schema as s
-from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
 
 _U = np.uint64
 
@@ -30,10 +37,6 @@ class Pending:
         """Add the rows of one `place` call; they lie behind all that was added by earlier calls."""
         if len(rows):
             self._parts.append(rows)
-
-    def first(self) -> int | None:
-        """Return the first grain that is held."""
-        return min((int(part["start"][0]) for part in self._parts[:8]), default=None)
 
     def _all(self) -> NDArray[np.void]:
         if not self._parts:
@@ -63,16 +66,23 @@ class Pending:
         self._parts = [rest] if len(rest) else []
         return out
 
-    def groups(self, grains: int) -> int:
-        """Return how many groups of `grains` grains, counted from the disk's beginning, are touched."""
+    def touched(self, first: int, stop: int, per_group: int, per_table: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
+        """Yield, of groups first..stop that hold anything, the number and which tables in it are touched.
+
+        `per_group` and `per_table` are in grains; no run crosses a group.
+        """
         rows = self._all()
-        if not len(rows):
-            return 0
-        first = rows["start"] // _U(grains)
-        last = (rows["start"] + rows["count"] - _U(1)) // _U(grains)
-        spans = last - first + _U(1)
-        spans[1:] -= (first[1:] == last[:-1]).astype(_U)
-        return int(spans.sum())
+        groups = rows["start"] // _U(per_group)
+        low = int(np.searchsorted(groups, _U(first)))
+        while low < len(rows) and (group := int(groups[low])) < stop:
+            high = int(np.searchsorted(groups, _U(group), side="right"))
+            part = rows[low:high]
+            begin = part["start"].astype(np.int64) - group * per_group
+            marks = np.zeros(per_group // per_table + 1, np.int64)
+            np.add.at(marks, begin // per_table, 1)
+            np.add.at(marks, (begin + part["count"].astype(np.int64) - 1) // per_table + 1, -1)
+            yield group, np.flatnonzero(np.cumsum(marks))
+            low = high
 
 
 def standard_entries(rows: NDArray[np.void], first: int, count: int, cluster: int) -> NDArray[np.uint64]:

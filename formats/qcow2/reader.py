@@ -6,6 +6,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
 from diskmorph.formats.disk import ImageDisk, ImageInfo, ParentRef
 from diskmorph.formats.errors import DiskmorphError, FormatError, PolicyError, SourceError, UnsupportedError
 from diskmorph.formats.extents import ABSENT, DATA, HOLE, PLAIN, ZERO, clip, row
@@ -18,10 +19,11 @@ from diskmorph.formats.qcow2.tables import Judge, L2Reader, chunks, l2_offsets, 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from numpy.typing import NDArray
+
     from diskmorph.formats.qcow2.extensions import SnapshotEntry
     from diskmorph.formats.registry import OpenContext
     from diskmorph.formats.source import ByteSource
-    from numpy.typing import NDArray
 
 
 class Qcow2Disk(ImageDisk):

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+
 from diskmorph.formats.qcow2 import schema as s
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from diskmorph.formats.qcow2.header import Header
     from diskmorph.formats.source import ByteSource
-    from numpy.typing import NDArray
 
 _U = np.uint64
 
@@ -31,7 +33,7 @@ def pack(counts: NDArray[np.uint64], bits: int) -> bytes:
     if bits >= 8:
         return counts.astype(s.refcount_dtype(bits)).tobytes()
     parts = counts.astype(np.uint8).reshape(-1, 8 // bits) << np.arange(0, 8, bits, dtype=np.uint8)
-    return np.bitwise_or.reduce(parts, axis=1).astype(np.uint8).tobytes()
+    return bytes(np.bitwise_or.reduce(parts, axis=1).astype(np.uint8))
 
 
 def read_table(source: ByteSource, header: Header) -> NDArray[np.uint64]:

@@ -102,8 +102,8 @@ SNAPSHOT = Struct(
     "extra_size" / Int32ub,
 )
 SNAPSHOT_EXTRA = Struct(
-    "vm_state_size" / If(this._params.length >= 8, Int64ub),
-    "disk_size" / If(this._params.length >= 16, Int64ub),  # version 3 has it
+    "vm_state_size" / If(this._.length >= 8, Int64ub),
+    "disk_size" / If(this._.length >= 16, Int64ub),  # version 3 has it
 )
 """Parse and build with `length`, the entry's extra_size."""
 

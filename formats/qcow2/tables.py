@@ -1,4 +1,4 @@
-"""L1 and L2 tables as arrays: read in large pieces, judged and turned into extents without a Python object per entry."""
+"""L1 and L2 tables as arrays: read in large pieces, judged and turned into extents as wholes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 import numpy as np
+
 from diskmorph.formats.extents import ABSENT, DATA, DEFLATE, EXTENT, HOLE, ZERO, ZSTD
 from diskmorph.formats.qcow2 import schema as s
 from diskmorph.formats.qcow2.header import bad
@@ -14,9 +15,10 @@ from diskmorph.formats.qcow2.header import bad
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from numpy.typing import NDArray
+
     from diskmorph.formats.qcow2.header import Header
     from diskmorph.formats.source import ByteSource
-    from numpy.typing import NDArray
 
 CHUNK = 4 << 20
 """Bytes of L2 tables that are read and held at once."""
@@ -61,7 +63,13 @@ def l2_offsets(l1: NDArray[np.uint64], header: Header, source: ByteSource, l1_of
             found=f"the end at {source.size}",
         )
     raise bad(
-        problem, source, "L1 table", field=f"entry {index}", offset=l1_offset + 8 * index, expected=expected, found=f"{entry:#018x}"
+        problem,
+        source,
+        "L1 table",
+        field=f"entry {index}",
+        offset=l1_offset + 8 * index,
+        expected=expected,
+        found=f"{entry:#018x}",
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+
 from diskmorph.formats.allocator import PLACED, Allocator, NewImage, Write
 from diskmorph.formats.errors import OptionError
 from diskmorph.formats.extents import DATA, HOLE, PLAIN, ZERO
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 _U = np.uint64
 _BATCH = 4 << 20
-"""Bytes of L2 tables that are made at once."""
+"""Bytes of the L2 tables that are laid out side by side and made at once: a group."""
 
 
 class Qcow2Allocator(Allocator):
@@ -48,16 +49,36 @@ class Qcow2Allocator(Allocator):
         self._l1 = np.zeros(max(-(-self.size // shape.coverage), 1), s.ENTRY)
         self._pending = Pending(shape.grain)
         self._packer = Packer(shape.cluster, shape.refcount_bits)
+        self._group = shape.coverage * max(_BATCH // shape.cluster, 1)
+        self._open = 0  # the group that is being placed; those before have places for their tables
+        self._sealed: list[tuple[int, int, NDArray[np.int64]]] = []
         self._final: int | None = None
 
     def place(self, runs: NDArray[np.void]) -> NDArray[np.void]:
         """See Allocator: plain clusters in the order of the runs, then compressed ones packed byte by byte."""
+        wanted = (runs["kind"] == DATA) | (runs["kind"] == ZERO)
+        if self.preallocation != "off":
+            wanted |= runs["kind"] == HOLE
+        runs = runs[wanted]
+        if not len(runs):
+            return np.zeros(0, PLACED)
+        first = int(runs["start"][0]) // self._group
+        last = int(runs["start"][-1] + runs["length"][-1] - _U(1)) // self._group
+        placed = []
+        for group in range(first, last + 1):
+            part = runs if first == last else _within(runs, group * self._group, (group + 1) * self._group)
+            if len(part):
+                self._seal(group)
+                placed.append(self._place_group(part))
+        return placed[0] if len(placed) == 1 else np.concatenate(placed)
+
+    def _place_group(self, runs: NDArray[np.void]) -> NDArray[np.void]:
         data, zero = runs["kind"] == DATA, runs["kind"] == ZERO
         packed = data & (runs["codec"] != PLAIN)
         flagged = zero & (self._shape.version >= 3)
         whole = data & ~packed
         if self.preallocation != "off":
-            whole |= zero | (runs["kind"] == HOLE)
+            whole |= ~data
         elif self.overlay:
             whole |= zero & ~flagged  # version 2 has no zero clusters: real zeroes must hide the parent's data
         placed = self._place_whole(runs[whole])
@@ -86,7 +107,7 @@ class Qcow2Allocator(Allocator):
         shared[1:] = first[1:] == last[:-1]
         counts = last - first + _U(1) - shared
         before = np.cumsum(counts) - counts
-        offsets = _U(self._next) + (before - shared) * cluster + runs["start"] % cluster
+        offsets: NDArray[np.uint64] = _U(self._next) + (before - shared) * cluster + runs["start"] % cluster
         self._next += int(counts.sum()) * self._shape.cluster
         return offsets
 
@@ -110,34 +131,40 @@ class Qcow2Allocator(Allocator):
         rows["kind"] = np.where((runs["kind"] == ZERO) & (self._shape.version >= 3), ZERO, DATA)
         self._pending.add(rows)
 
-    def settle(self, upto: int) -> Iterator[Write]:
-        """See Allocator: the L2 tables of the disk before `upto`."""
-        return self._settle(upto // self._shape.coverage)
+    def _seal(self, group: int) -> None:
+        """Give the L2 tables of all groups before `group` their places: behind their data, before what comes next.
 
-    def _settle(self, upto: int) -> Iterator[Write]:
-        """Yield the tables of L1 indices below `upto`, those that have entries, side by side."""
+        So the layout depends on what is placed alone, not on how it is divided into calls.
+        """
+        if group <= self._open:
+            return
         grains = self._shape.coverage // self._shape.grain
-        step = max(_BATCH // self._shape.cluster, 1)
-        while (first := self._pending.first()) is not None and first // grains < upto:
-            low = first // grains
-            high = min(low + step, upto)
-            rows = self._pending.take(high * grains)
-            words = (extended_entries if self._shape.extended else standard_entries)(
-                rows, low * grains, (high - low) * grains, self._shape.cluster
-            )
-            tables = words.reshape(high - low, -1)
-            used = np.flatnonzero(tables.any(axis=1))
-            if not len(used):
-                continue
-            offset = self._next
+        for number, used in self._pending.touched(self._open, group, self._group // self._shape.grain, grains):
+            self._sealed.append((number, self._next, used))
+            places = np.arange(len(used), dtype=_U) * _U(self._shape.cluster) + _U(self._next)
+            self._l1[number * (self._group // self._shape.coverage) + used] = places | _U(s.COPIED)
             self._next += len(used) * self._shape.cluster
-            places = np.arange(len(used), dtype=_U) * _U(self._shape.cluster) + _U(offset)
-            self._l1[low + used] = places | _U(s.COPIED)
-            yield Write(0, offset, tables[used].astype(s.ENTRY).tobytes())
+        self._open = group
+
+    def settle(self, upto: int) -> Iterator[Write]:
+        """See Allocator: the L2 tables of the groups before `upto`."""
+        self._seal(upto // self._group)
+        yield from self._tables()
+
+    def _tables(self) -> Iterator[Write]:
+        """Yield the tables that have their places, those of a group in one piece."""
+        make = extended_entries if self._shape.extended else standard_entries
+        count = self._group // self._shape.grain
+        while self._sealed:
+            group, offset, used = self._sealed.pop(0)
+            words = make(self._pending.take((group + 1) * count), group * count, count, self._shape.cluster)
+            tables = words.reshape(self._group // self._shape.coverage, -1)[used]
+            yield Write(0, offset, tables.astype(s.ENTRY).tobytes())
 
     def finish(self) -> Iterator[Write]:
         """See Allocator: remaining L2 tables, L1 table, refcounts, the header last."""
-        yield from self._settle(len(self._l1))
+        self._seal(-(-self.size // self._group))
+        yield from self._tables()
         l1_offset = self._next
         self._next += self._l1_room()
         yield Write(0, l1_offset, self._l1.tobytes())
@@ -153,8 +180,22 @@ class Qcow2Allocator(Allocator):
         """See Allocator; before `finish` what the size will be if nothing more is placed."""
         if self._final is not None:
             return (self._final,)
-        tables = self._pending.groups(self._shape.coverage // self._shape.grain) * self._shape.cluster
+        grains = self._shape.coverage // self._shape.grain
+        groups = self._pending.touched(self._open, len(self._l1), self._group // self._shape.grain, grains)
+        tables = sum(len(used) for _, used in groups) * self._shape.cluster
         return (RefcountLayout.after(self._next + tables + self._l1_room(), self._shape).end,)
+
+
+def _within(runs: NDArray[np.void], start: int, stop: int) -> NDArray[np.void]:
+    """Return the part of sorted runs within start..stop (disk bytes, on multiples of a cluster)."""
+    ends = runs["start"] + runs["length"]
+    first = int(np.searchsorted(ends, _U(start), side="right"))
+    last = int(np.searchsorted(runs["start"], _U(stop), side="left"))
+    out = runs[first:last].copy()
+    ends = np.minimum(ends[first:last], _U(stop))
+    out["start"] = np.maximum(out["start"], _U(start))
+    out["length"] = ends - out["start"]
+    return out
 
 
 def new_allocator(image: NewImage) -> Qcow2Allocator:
