@@ -258,6 +258,9 @@ class _Checked(Disk):
     def unit_size(self) -> int:
         return self._disk.unit_size()
 
+    def decode_unit(self, file: int, offset: int, stored: int, codec: int, least: int) -> bytes:
+        return self._disk.decode_unit(file, offset, stored, codec, least)
+
     def _extents(self, start: int, stop: int) -> Iterator[NDArray[np.void]]:
         at = start
         for batch in self._disk.extents(start, stop):

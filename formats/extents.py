@@ -78,7 +78,9 @@ def _advance(rows: NDArray[np.void], delta: NDArray[np.uint64]) -> None:
 
 
 def clip(rows: NDArray[np.void], start: int, stop: int) -> NDArray[np.void]:
-    """Return the part of sorted rows within start..stop, as a copy."""
+    """Return the part of sorted rows within start..stop, as a copy; no rows where that is empty."""
+    if start >= stop:
+        return rows[:0].copy()
     ends = stops(rows)
     first = int(np.searchsorted(ends, np.uint64(start), side="right"))
     last = int(np.searchsorted(rows["start"], np.uint64(stop), side="left"))
