@@ -274,14 +274,21 @@ class StreamExtent(HostedExtent):
         data = np.flatnonzero(rows["kind"] == DATA)
         if data.size:
             places = rows["offset"][data]
-            ordered = np.unique(places)
-            after = np.append(ordered[1:], np.uint64(self.source.size))
-            room = after[np.searchsorted(ordered, places)] - np.minimum(places, after[-1])
             rows["offset"][data] = places + np.uint64(self._skip)
             rows["codec"][data] = ZLIB
-            rows["stored"][data] = np.clip(room.astype(np.int64) - self._skip, 1, self.most)
-            self._require_last(int(ordered[-1]))
+            rows["stored"][data] = self._room(places, heads[data] // self.entries)
+            self._require_last(int(places.max()))
         return rows
+
+    def _room(self, places: NDArray[np.uint64], tables: NDArray[Any]) -> NDArray[np.int64]:
+        """Return how many bytes the stream at each place may have: up to the next grain of its table, or `most`."""
+        order = np.lexsort((places, tables))
+        ordered, table = places[order].astype(np.int64), tables[order]
+        after = np.full(len(places), self.source.size, np.int64)
+        after[:-1] = np.where(table[1:] == table[:-1], ordered[1:], after[:-1])
+        room = np.empty(len(places), np.int64)
+        room[order] = np.clip(after - ordered - self._skip, 1, self.most)
+        return room
 
     def _require_last(self, place: int) -> None:
         """Raise FormatError if the grain that lies last in the file is not all there."""
