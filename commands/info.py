@@ -67,7 +67,7 @@ def _facts(report: dict[str, Any], *, verbose: bool) -> list[tuple[str, str]]:
 
     form = report["format"] + (f", {report['subformat']}" if report["subformat"] else "")
     if report["guessed"]:
-        form += " (a guess: nothing in it names a format)"
+        form += " (a guess: no format left its mark in it)"
     stored = exact_size_text(report["stored_size"])
     if report["allocated_size"] != report["stored_size"]:
         stored += f", {size_text(report['allocated_size'])} on the file system"
