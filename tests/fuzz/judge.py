@@ -1,0 +1,94 @@
+"""Judges one mutant in a process of its own: `judge.py FORMAT FILE...` prints a JSON line a file.
+
+A reader may refuse (a DiskmorphError) or answer; anything else, more than the time or more than the memory is a finding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from diskmorph.formats.errors import DiskmorphError
+from diskmorph.formats.registry import OpenContext, identify, load, open_disk, require_format
+from diskmorph.formats.source import FileSource
+
+TIME = 10
+MEMORY = 256 << 20
+READ = 64 << 20
+"""At most so much of a disk is read: a mutant may claim terabytes of holes."""
+
+
+def look(path: str, format: str) -> dict[str, object]:
+    """Open, map, read and check an image; return what came of it."""
+    with open_disk(path, format=format) as disk:
+        total = rows = 0
+        sha = hashlib.sha256()
+        for batch in disk.extents():
+            rows += len(batch)
+            if total < READ:
+                begin, stop = int(batch["start"][0]), int(batch["start"][-1] + batch["length"][-1])
+                count = min(stop - begin, READ - total)
+                sha.update(disk.read(begin, count))
+                total += count
+            if rows > 1 << 22:
+                break
+        size = disk.size
+    with FileSource(path) as source:
+        report = load(require_format(format)).check_image(source, OpenContext())
+        identify(source)
+    return {"outcome": "read", "size": size, "sha256": sha.hexdigest() if size <= READ else None, "clean": report.clean}
+
+
+def judged(path: str, format: str) -> dict[str, object]:
+    """Return the outcome of one file, run in a child so that memory and time are its own."""
+    out, back = os.pipe()
+    begun = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        os.close(out)
+        _child(back, path, format)
+    os.close(back)
+    with os.fdopen(out, "rb") as pipe:
+        text = pipe.read()
+    _, status, usage = os.wait4(child, 0)
+    outcome = json.loads(text) if text else {"outcome": "crash", "detail": f"status {status}"}
+    outcome["seconds"] = round(time.monotonic() - begun, 3)
+    outcome["peak"] = usage.ru_maxrss * 1024
+    if os.WIFSIGNALED(status):
+        outcome["outcome"] = "timeout" if os.WTERMSIG(status) == signal.SIGALRM else "crash"
+    elif outcome["peak"] > MEMORY:
+        outcome["outcome"] = "memory"
+    return outcome
+
+
+def _child(back: int, path: str, format: str) -> None:
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(TIME)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    try:
+        answer = look(path, format)
+    except DiskmorphError as error:
+        text = str(error)
+        answer = {"outcome": "refused" if "\n" not in text else "traceback", "detail": text[:300], "kind": error.kind}
+    except BaseException:  # noqa: BLE001 - that is what is looked for
+        answer = {"outcome": "traceback", "detail": traceback.format_exc()[-900:]}
+    os.write(back, json.dumps(answer).encode())
+    os._exit(0)
+
+
+def main() -> None:
+    """Judge every file named."""
+    format = sys.argv[1]
+    for name in sys.argv[2:]:
+        print(json.dumps({"file": Path(name).name, **judged(name, format)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
