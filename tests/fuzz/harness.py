@@ -5,6 +5,7 @@ Starts from the format's fixtures. A finding (anything but a DiskmorphError) sto
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import tempfile
 from pathlib import Path
@@ -39,17 +40,15 @@ def one_input(format: str, data: bytes) -> None:
             disk.read(0, min(disk.size, READ))
     except DiskmorphError as error:
         assert "\n" not in str(error)
-    try:
+    with contextlib.suppress(DiskmorphError):
         load(require_format(format)).check_image(BytesSource(bytes(blob)), OpenContext())
-    except DiskmorphError:
-        pass
 
 
 def main() -> None:
     """Run for the seconds given."""
-    format, seconds = sys.argv[1], sys.argv[2]
+    word, seconds = sys.argv[1], sys.argv[2]
     with tempfile.TemporaryDirectory() as corpus:
-        for path in (FIXTURES / format).iterdir():
+        for path in (FIXTURES / word).iterdir():
             if path.suffix not in {".toml", ".sh"} and path.stat().st_size:
                 Path(corpus, path.name).write_bytes(path.read_bytes()[:LARGEST])
         words = [
@@ -60,7 +59,7 @@ def main() -> None:
             "-rss_limit_mb=1024",
             "-timeout=10",
         ]
-        atheris.Setup([*words, "-verbosity=0"], lambda data: one_input(format, data))
+        atheris.Setup([*words, "-verbosity=0"], lambda data: one_input(word, data))
         atheris.Fuzz()
 
 

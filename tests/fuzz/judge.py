@@ -85,9 +85,8 @@ def _child(back: int, path: str, format: str) -> None:
 
 def main() -> None:
     """Judge every file named."""
-    format = sys.argv[1]
     for name in sys.argv[2:]:
-        print(json.dumps({"file": Path(name).name, **judged(name, format)}), flush=True)
+        print(json.dumps({"file": Path(name).name, **judged(name, sys.argv[1])}), flush=True)
 
 
 if __name__ == "__main__":

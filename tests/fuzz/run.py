@@ -99,10 +99,10 @@ def main() -> int:
     words = parser.parse_args()
     report = {}
     failed = 0
-    for format in words.format or QEMU:
-        ours, theirs, findings = fuzz(format, words.count, with_peer=not words.no_peer)
-        report[format] = {"diskmorph": dict(ours), "qemu-img": dict(theirs)}
-        print(f"{format}: diskmorph {dict(ours)}; qemu-img {dict(theirs)}", flush=True)
+    for name in words.format or QEMU:
+        ours, theirs, findings = fuzz(name, words.count, with_peer=not words.no_peer)
+        report[name] = {"diskmorph": dict(ours), "qemu-img": dict(theirs)}
+        print(f"{name}: diskmorph {dict(ours)}; qemu-img {dict(theirs)}", flush=True)
         for finding in findings:
             print(f"  {finding}")
         failed += len(findings)
