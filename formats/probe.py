@@ -38,6 +38,8 @@ class Format:
     suffixes: tuple[str, ...] = ()
     writes: bool = True
     title: str = ""
+    kind: str = "disk"
+    """"disk"; "package": metadata with disks; "part": a kernel or ramdisk, which is no disk."""
 
 
 def at(offset: int, magic: bytes, name: str, what: str) -> Callable[[ByteSource], Signature | None]:
@@ -89,6 +91,40 @@ def _parallels(source: ByteSource) -> Signature | None:
     )
 
 
+def _marked(
+    name: str, what: str, test: str, first: Callable[[bytes], bool]
+) -> Callable[[ByteSource], Signature | None]:
+    """Return a probe by a function of package_probe, which loads only where the first 512 bytes pass `first`."""
+
+    def probe(source: ByteSource) -> Signature | None:
+        if not first(source.read_upto(0, 512)):
+            return None
+        from diskmorph.formats import package_probe  # noqa: PLC0415 - most images are disks
+
+        return Signature(name, 0, what) if getattr(package_probe, test)(source) else None
+
+    return probe
+
+
+def _is_markup(head: bytes) -> bool:
+    return head[:2] in {b"\xff\xfe", b"\xfe\xff"} or head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"<"
+
+
+def _may_be_tar(head: bytes) -> bool:
+    return head[148:156].strip(b"\0 ").isdigit()
+
+
+def _may_be_kernel(head: bytes) -> bool:
+    return (
+        head[0x1FE:] == b"\x55\xaa" or head[0x38:0x3C] == b"ARM\x64" or head[4:8] == b"zimg" or head[:2] == b"\x1f\x8b"
+    )
+
+
+def _may_be_ramdisk(head: bytes) -> bool:
+    magics = (b"07070", b"\x1f\x8b", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"\x02\x21\x4c\x18", b"BZh", b"\x5d\0\0")
+    return head.startswith(magics)
+
+
 _DISKS = "diskmorph.formats."
 
 FORMATS: tuple[Format, ...] = (
@@ -117,6 +153,45 @@ FORMATS: tuple[Format, ...] = (
     Format(
         "parallels", _DISKS + "parallels", _parallels, suffixes=(".hds", ".hdd"), writes=False, title="Parallels HDD"
     ),
+    Format(
+        "ova",
+        _DISKS + "ovf",
+        _marked("ova", "tar archive with an OVF descriptor", "is_ova", _may_be_tar),
+        suffixes=(".ova",),
+        title="OVF package in one file",
+        kind="package",
+    ),
+    Format(
+        "ovf",
+        _DISKS + "ovf",
+        _marked("ovf", "OVF envelope", "is_ovf", _is_markup),
+        suffixes=(".ovf",),
+        title="OVF package in a folder",
+        kind="package",
+    ),
+    Format(
+        "ami",
+        _DISKS + "ami",
+        _marked("ami", "manifest of an EC2 bundle", "is_ami", _is_markup),
+        title="EC2 bundle, Glance triple",
+        kind="package",
+    ),
+    Format(
+        "aki",
+        _DISKS + "ami",
+        _marked("aki", "Linux kernel", "is_kernel", _may_be_kernel),
+        writes=False,
+        title="Linux kernel",
+        kind="part",
+    ),
+    Format(
+        "ari",
+        _DISKS + "ami",
+        _marked("ari", "initial ramdisk", "is_ramdisk", _may_be_ramdisk),
+        writes=False,
+        title="initial ramdisk",
+        kind="part",
+    ),
 )
 
 _ISO = Format(
@@ -132,7 +207,7 @@ RAW = Format("raw", _DISKS + "raw", lambda _: None, suffixes=(".raw", ".img", ".
 
 
 def _inside(source: ByteSource) -> list[Signature]:
-    """Find marks that a disk may carry at once with an outer format: they say what lies inside, not how it is stored."""
+    """Find marks that a disk may carry beside an outer format: they say what lies inside, not how it is stored."""
     found = []
     head = source.read_upto(0, 1024)
     if head[510:512] == b"\x55\xaa" and any(head[446 + 16 * i + 4] for i in range(4)):

@@ -66,8 +66,10 @@ class Node:
             stack.extend(reversed(node.children))
 
 
-def parse_xml(data: bytes, *, file: str, format: str, limits: Limits | None = None) -> Node:
-    """Return the root of a document.
+def parse_xml(
+    data: bytes, *, file: str, format: str, limits: Limits | None = None, encoding: str | None = None
+) -> Node:
+    """Return the root of a document; `encoding` overrides what the document says of its own.
 
     Raises FormatError where it is not well-formed or passes a bound (`limits.descriptor` bytes, `limits.xml_depth`
     levels, 100,000 elements, 256 attributes of one), PolicyError for a document type declaration.
@@ -82,7 +84,7 @@ def parse_xml(data: bytes, *, file: str, format: str, limits: Limits | None = No
             expected=f"at most {limits.descriptor} bytes",
             found=len(data),
         )
-    builder = _Builder(file, format, limits.xml_depth)
+    builder = _Builder(file, format, limits.xml_depth, encoding)
     try:
         builder.parser.Parse(data, True)
     except expat.ExpatError as error:
@@ -101,14 +103,14 @@ def parse_xml(data: bytes, *, file: str, format: str, limits: Limits | None = No
 
 
 class _Builder:
-    def __init__(self, file: str, format: str, depth: int) -> None:
+    def __init__(self, file: str, format: str, depth: int, encoding: str | None) -> None:
         self._place = {"file": file, "format": format, "structure": "XML"}
         self._depth = depth
         self._count = 0
         self._stack: list[Node] = []
         self._texts: list[list[str]] = []
         self.root: Node | None = None
-        parser = self.parser = expat.ParserCreate(namespace_separator=" ")
+        parser = self.parser = expat.ParserCreate(encoding, " ")
         parser.buffer_text = True
         parser.StartDoctypeDeclHandler = self._doctype
         parser.EntityDeclHandler = self._doctype
