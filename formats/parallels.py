@@ -192,13 +192,11 @@ def check_image(source: ByteSource, context: OpenContext, repair: str | None = N
 
 
 def _check_shared(disk: ParallelsDisk, report: CheckReport) -> None:
-    end = disk.files[0].size // _SECTOR
-
     def sectors() -> Iterator[NDArray[np.uint64]]:
         for _, places in disk.places(0, disk.header.entries):
             yield places[places != 0] // np.uint64(_SECTOR)
 
-    shared = shared_places(sectors, disk.header.tracks, end)
+    shared = shared_places(sectors, disk.header.tracks)
     if shared.overlapping:
         some = ", ".join(str(place * _SECTOR) for place in shared.some[:4])
         report.add("block table", HEADER_SIZE, f"clusters overlap in the file, at {some}", count=shared.overlapping)

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-_WINDOW = 1 << 22  # places held at once: 32 MiB
+_WINDOW = 1 << 21  # distinct places held at once: 16 MiB
+_SOME = 16
 
 
 class Shared(NamedTuple):
@@ -22,50 +23,54 @@ class Shared(NamedTuple):
     distinct: int
 
 
-def shared_places(batches: Callable[[], Iterable[NDArray[np.uint64]]], stride: int, end: int) -> Shared:
-    """Find places (any unit, below `end`) that lie less than `stride` behind another one.
+def shared_places(batches: Callable[[], Iterable[NDArray[np.uint64]]], stride: int) -> Shared:
+    """Find places (in any unit) that lie less than `stride` behind another one.
 
-    `batches` is called once for each window of the file and yields all places, in any order. Memory stays below
-    100 MiB whatever the table says.
+    `batches` yields all places in any order, and is called once for every two million of them: so many are held at
+    once, below 100 MiB whatever the table says. Where millions are at one place, the count stops growing.
     """
-    count, distinct, some = 0, 0, [0] * 0
+    overlapping = distinct = low = 0
+    some: list[int] = []
     last = -stride
-    for low in range(0, end, _WINDOW * stride):
-        high = min(low + _WINDOW * stride, end)
-        places, repeated = _window(batches(), low, high)
-        distinct += len(places)
-        near = np.flatnonzero(np.diff(places.astype(np.int64), prepend=last) < stride)
-        both = np.concatenate((repeated, places[near]))
-        count += len(both)
-        some = (some + both[:16].tolist())[:16]
-        last = int(places[-1]) if len(places) else last
-    return Shared(count, tuple(sorted(some)), distinct)
+    while True:
+        places, repeated, complete = _lowest(batches(), low)
+        near = places[np.diff(places.astype(np.int64), prepend=last) < stride]
+        both = np.sort(np.concatenate((repeated, near)))
+        overlapping, distinct = overlapping + len(both), distinct + len(places)
+        some += both[: _SOME - len(some)].tolist()
+        if complete:
+            return Shared(overlapping, tuple(some), distinct)
+        last = int(places[-1])
+        low = last + 1
 
 
-def _window(
-    batches: Iterable[NDArray[np.uint64]], low: int, high: int
-) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-    """Return the distinct places within low..high, sorted, and those that came again (a few of them, if very many)."""
+def _lowest(batches: Iterable[NDArray[np.uint64]], low: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64], bool]:
+    """Return the lowest distinct places from `low`, sorted; those that came again; whether these are all there are."""
     held: list[NDArray[np.uint64]] = []
     again: list[NDArray[np.uint64]] = []
-    waiting = 0
+    waiting, high = 0, None
     for batch in batches:
-        part = batch[(batch >= low) & (batch < high)]
+        part = batch[(batch >= low) if high is None else (batch >= low) & (batch < high)]
         held.append(part)
         waiting += len(part)
-        if waiting > _WINDOW // 4:
-            held, waiting = [_distinct(held, again)], 0
-        if len(held[0]) > _WINDOW:  # more than can lie there side by side: the count is not worth the memory
-            break
+        if waiting > _WINDOW:
+            places = _distinct(held, again)
+            if len(places) > _WINDOW:
+                high = int(places[_WINDOW])
+                places = places[:_WINDOW].copy()
+            held, waiting = [places], 0
     places = _distinct(held, again)
-    return places, np.concatenate(again) if again else places[:0]
+    if len(places) > _WINDOW:
+        high = int(places[_WINDOW])
+        places = places[:_WINDOW]
+    repeated = np.concatenate([*again, places[:0]])
+    return places, repeated if high is None else repeated[repeated < high], high is None
 
 
 def _distinct(held: list[NDArray[np.uint64]], again: list[NDArray[np.uint64]]) -> NDArray[np.uint64]:
     places = np.sort(np.concatenate(held)) if held else np.zeros(0, np.uint64)
-    repeats = places[1:] == places[:-1]
-    if repeats.any() and sum(map(len, again)) < _WINDOW:
-        again.append(places[1:][repeats])
     keep = np.ones(len(places), bool)
-    keep[1:] = ~repeats
+    keep[1:] = places[1:] != places[:-1]
+    if sum(map(len, again)) < _WINDOW:
+        again.append(places[~keep])
     return places[keep]

@@ -68,7 +68,7 @@ def _check_places(disk: VdiDisk, report: CheckReport) -> int:
         for _, entries in disk.pointers(0, header.blocks):
             yield entries[entries < min(ZERO, end)].astype(np.uint64)
 
-    shared = shared_places(places, 1, end)
+    shared = shared_places(places, 1)
     if shared.overlapping:
         some = ", ".join(str(header.data_offset + place * header.stride) for place in shared.some[:4])
         report.add(

@@ -127,7 +127,7 @@ def _check_shared(disk: DynamicDisk, report: CheckReport) -> None:
         for _, entries in disk.entries(0, disk.header.entries):
             yield entries[entries < min(last, UNALLOCATED)].astype(np.uint64)
 
-    shared = shared_places(places, (disk.bitmap_size + disk.block_size) // SECTOR, last)
+    shared = shared_places(places, (disk.bitmap_size + disk.block_size) // SECTOR)
     if shared.overlapping:
         some = ", ".join(str(place * SECTOR) for place in shared.some[:4])
         message = f"blocks overlap in the file, at {some}"
