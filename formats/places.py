@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-_WINDOW = 1 << 21  # distinct places held at once: 16 MiB
+_WINDOW = 1 << 20  # distinct places held at once: 8 MiB
 _SOME = 16
 
 
@@ -26,7 +26,7 @@ class Shared(NamedTuple):
 def shared_places(batches: Callable[[], Iterable[NDArray[np.uint64]]], stride: int) -> Shared:
     """Find places (in any unit) that lie less than `stride` behind another one.
 
-    `batches` yields all places in any order, and is called once for every two million of them: so many are held at
+    `batches` yields all places in any order, and is called once for every million of them: so many are held at
     once, below 100 MiB whatever the table says. Where millions are at one place, the count stops growing.
     """
     overlapping = distinct = low = 0
@@ -68,7 +68,9 @@ def _lowest(batches: Iterable[NDArray[np.uint64]], low: int) -> tuple[NDArray[np
 
 
 def _distinct(held: list[NDArray[np.uint64]], again: list[NDArray[np.uint64]]) -> NDArray[np.uint64]:
-    places = np.sort(np.concatenate(held)) if held else np.zeros(0, np.uint64)
+    places = np.concatenate(held) if held else np.zeros(0, np.uint64)
+    held.clear()  # before sorting: they are as large as what was made of them
+    places.sort()
     keep = np.ones(len(places), bool)
     keep[1:] = places[1:] != places[:-1]
     if sum(map(len, again)) < _WINDOW:
