@@ -61,13 +61,14 @@ def open_source(
     parents: Parents | None = None,
     limits: Limits | None = None,
     snapshot: str | None = None,
+    disk: int | None = None,
     opener: Opener | None = None,
     source: ByteSource | None = None,
 ) -> Opened:
     """Open a disk image with its parents, standard input (`-`), or take a Disk as it is.
 
-    `source`: the bytes of the image, where they are open already; `what` is then not looked at. Raises what
-    `formats.registry.open_disk` raises.
+    `disk` is the number of one of a package's disks. `source`: the bytes of the image, where they are open already;
+    `what` is then not looked at. Raises what `formats.registry.open_disk` raises.
     """
     if isinstance(what, Disk):
         return Opened(what.name, what, what.format, owned=False)
@@ -77,17 +78,17 @@ def open_source(
         source = spooled() if os.fspath(what) == "-" else opener.user_file(what)
     try:
         entry, found = identify(source, format)
-        layers = open_layers(source, entry, OpenContext(opener, limits, snapshot))
+        layers = open_layers(source, entry, OpenContext(opener, limits, snapshot, disk))
     except BaseException:
         source.close()
         raise
-    disk: Disk = layers[-1]
+    whole: Disk = layers[-1]
     if len(layers) > 1:
         from diskmorph.formats.views import Overlay  # noqa: PLC0415 - most images stand alone
 
         for layer in reversed(layers[:-1]):
-            disk = Overlay(layer, disk)
-    return Opened(source.name, disk, entry.name, layers[0].info, layers, found)
+            whole = Overlay(layer, whole)
+    return Opened(source.name, whole, entry.name, layers[0].info, layers, found)
 
 
 class _Spool(FileSource):

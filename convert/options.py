@@ -33,6 +33,7 @@ class ConvertOptions:
     - `compress`: None, "default", or CODEC[:LEVEL] such as "zstd" or "deflate:9".
     - `base`: write an overlay on this image, only what differs from it (`-B`).
     - `snapshot`: an internal snapshot as the source.
+    - `disk`: the number, from 1, of a package's disk as the source; needed where it has several.
     - `size`: another virtual size; data is never cut.
     - `zero_unit`: unit of zero detection (`-S`); 0 writes everything, holes included.
     - `profile`: a target's name (`--for azure`).
@@ -49,6 +50,7 @@ class ConvertOptions:
     base: Path | str | None = None
     base_format: str | None = None
     snapshot: str | None = None
+    disk: int | None = None
     size: int | None = None
     zero_unit: int = 4096
     profile: str | None = None

@@ -64,6 +64,7 @@ def make_plan(source: str | os.PathLike[str] | Disk, target: str | os.PathLike[s
         parents=options.parents,
         limits=options.limits,
         snapshot=options.snapshot,
+        disk=options.disk,
     )
     base: Opened | None = None
     try:
