@@ -8,6 +8,8 @@ from diskmorph.formats.errors import FormatError
 
 ENTRY = np.dtype([("tag", "<u2"), ("perm", "<u2"), ("id", "<u4")])
 VERSION = (2).to_bytes(4, "little")
+MINIMAL = 4 + 3 * ENTRY.itemsize
+"""Bytes of an ACL of owner, group and others, which says no more than a mode."""
 _NO_ID = 0xFFFFFFFF
 _TAGS = {("user", False): 1, ("user", True): 2, ("group", False): 4, ("group", True): 8}
 _PLAIN_TAGS = {"mask": 16, "other": 32}

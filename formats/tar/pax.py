@@ -81,7 +81,7 @@ def _apply_acl(xattrs: dict[bytes, bytes], key: bytes, value: bytes, name: bytes
     found = acl.from_text(value)
     if found is None:
         lost.append(f"the ACL of {name!r}: it names users without their numbers")
-    else:
+    elif key == b"system.posix_acl_default" or len(found) > acl.MINIMAL:  # the mode says the least one
         xattrs.setdefault(key, found)
 
 

@@ -1,0 +1,236 @@
+"""From a tree to tables: inodes in the order of their numbers, directory blocks, pieces of content."""
+
+from __future__ import annotations
+
+import stat
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from diskmorph.formats.errors import TargetError
+from diskmorph.formats.ext4 import schema as s
+from diskmorph.formats.ext4.geometry import BLOCK
+from diskmorph.formats.ext4.zeroes import PIECE
+from diskmorph.formats.tree import Node, dir_node
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from diskmorph.formats.source import ByteSource
+    from diskmorph.formats.tree import Tree
+
+_CAPACITY = BLOCK - 12  # of a directory block: a tail with its checksum comes last
+_CHUNK = 1 << 16  # directory entries put into blocks at once
+LOST_FOUND = b"lost+found"
+
+
+@dataclass
+class Names:
+    """The entries of all directories, directory after directory; `.` and `..` are the first two of each.
+
+    `directories`: numbers of the directory objects; `counts`: entries of each; `names`, `objects`: of each entry.
+    """
+
+    directories: list[int] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    names: list[bytes] = field(default_factory=list)
+    objects: list[int] = field(default_factory=list)
+
+
+class Collector:
+    """Numbers the nodes of a tree, or of a tree that grows layer by layer: a node keeps its number.
+
+    Object 0 is the root, object 1 lost+found, made if there is none (e2fsck wants it); object n > 0 is inode n + 10.
+    Objects of nodes that are gone keep their numbers unused, so that what a lower layer has lies where it lay.
+    """
+
+    def __init__(self) -> None:
+        self.nodes: list[Node] = []
+        self.alive: list[int] = []
+        self._numbers: dict[int, int] = {}
+
+    def take(self, tree: Tree) -> Names:
+        """Give numbers to what is new in the tree; return all its names. Raises TargetError: ext4 cannot hold it."""
+        if not self.nodes:
+            self._begin(tree)
+        elif tree.root is not self.nodes[0]:
+            raise ValueError("the tree's root is another than before")
+        self._require_lost_found(tree)
+        lost_found = {} if LOST_FOUND in tree.root.children else {LOST_FOUND: self.nodes[1]}
+        names = Names()
+        alive = [0]
+        stack = [(0, 0, tree.root)]
+        numbers, nodes, limit = self._numbers, self.nodes, tree.limits.directory_entries
+        while stack:
+            number, parent, folder = stack.pop()
+            children = folder.children if number else lost_found | folder.children
+            names.directories.append(number)
+            names.counts.append(len(children) + 2)
+            names.names.extend((b".", b".."))
+            names.objects.extend((number, parent))
+            inner = []
+            for node in children.values():
+                found = numbers.get(id(node))
+                if found is None:
+                    found = numbers[id(node)] = len(nodes)
+                    nodes.append(node)
+                names.objects.append(found)
+                alive.append(found)
+                if node.mode & 0o170000 == stat.S_IFDIR:
+                    inner.append((found, number, node))
+            names.names.extend(children)
+            inner.reverse()
+            stack.extend(inner)
+            if len(alive) > limit:
+                raise TargetError(f"the tree has more than {limit} names", file=tree.name)
+        self.alive = sorted(set(alive))
+        self._require_names(names, tree)
+        return names
+
+    def _begin(self, tree: Tree) -> None:
+        lost_found = tree.root.children.get(LOST_FOUND)
+        if lost_found is None:
+            lost_found = dir_node(0o700, mtime=tree.root.mtime)
+        self.nodes = [tree.root, lost_found]
+        self._numbers = {id(node): number for number, node in enumerate(self.nodes)}
+
+    def _require_lost_found(self, tree: Tree) -> None:
+        node = tree.root.children.get(LOST_FOUND)
+        if node is not None and not node.is_dir:
+            raise TargetError("ext4 keeps the name lost+found for a directory", file=tree.name)
+
+    def _require_names(self, names: Names, tree: Tree) -> None:
+        if names.names and max(map(len, names.names)) > 255:
+            worst = max(names.names, key=len)
+            raise TargetError(
+                "a name is too long for ext4", file=tree.name, expected="255 bytes", found=f"{worst[:60]!r}..."
+            )
+        directories = names.directories
+        if len(set(directories)) != len(directories):
+            raise TargetError("a directory has two names", file=tree.name)
+
+    def columns(self, tree: Tree) -> NDArray[np.int64]:
+        """Return mode, uid, gid, size and mtime (seconds, nanoseconds) of the objects alive, a row each."""
+        nodes = [self.nodes[number] for number in self.alive]
+        try:
+            table = np.array([(n.mode, n.uid, n.gid, n.size, n.mtime) for n in nodes], np.int64).reshape(-1, 5)
+        except OverflowError:
+            raise TargetError("an owner, a size or a time is too large for ext4", file=tree.name) from None
+        if len(table) and not (table[:, 1:3] >= 0).all() & (table[:, 1:3] <= 0xFFFFFFFF).all():
+            raise TargetError("an owner's number has more than 32 bits", file=tree.name)
+        times = table[:, 4]
+        return np.column_stack((table[:, :4], times // 10**9, times % 10**9))
+
+
+def content(nodes: list[Node], first: int, sources: list[ByteSource], index: dict[int, int]) -> NDArray[np.void]:
+    """Return the pieces of regular files; `first` is the first node's object number. New sources are appended."""
+    rows: list[tuple[int, int, int, int, int]] = []
+    for owner, node in enumerate(nodes, first):
+        if node.mode & 0o170000 != stat.S_IFREG:
+            continue
+        for start, length, source, offset in node.pieces:
+            number = index.get(id(source))
+            if number is None:
+                number = index[id(source)] = len(sources)
+                sources.append(source)
+            rows.append((owner, start, length, offset, number))
+    table = np.array(rows, np.int64).reshape(-1, 5)
+    out = np.zeros(len(table), PIECE)
+    for column, name in enumerate(PIECE.names or ()):
+        out[name] = table[:, column]
+    return out[out["length"] > 0]
+
+
+@dataclass
+class Directories:
+    """Directory blocks: `objects` and the blocks of each; `blocks` all of them, shape (n, 4096), without checksums."""
+
+    objects: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    blocks: NDArray[np.uint8]
+
+
+def pack(names: Names, inodes: NDArray[np.int64], types: NDArray[np.int64]) -> Directories:
+    """Put all names into directory blocks, in their order; `inodes` and `types` (file_type) are by object number."""
+    counts = np.array(names.counts, np.int64)
+    lengths = np.fromiter(map(len, names.names), np.int64, len(names.names))
+    room = 8 + (lengths + 3 & ~3)
+    reach = np.concatenate(([0], np.cumsum(room)))
+    ends = np.cumsum(counts)
+    begins = ends - counts
+    firsts, per = _block_firsts(reach, begins, ends)
+    blocks = np.zeros((len(firsts), BLOCK), np.uint8)
+    objects = np.array(names.objects, np.int64)
+    at = 0
+    while at < len(firsts):
+        stop = max(int(np.searchsorted(firsts, firsts[at] + _CHUNK)), at + 1)
+        low, high = int(firsts[at]), int(firsts[stop]) if stop < len(firsts) else len(lengths)
+        numbers = objects[low:high]
+        part = (names.names[low:high], lengths[low:high], reach[low : high + 1], inodes[numbers], types[numbers])
+        _fill(blocks[at:stop], firsts[at:stop] - low, *part)
+        at = stop
+    return Directories(np.array(names.directories, np.int64), per, blocks)
+
+
+def _block_firsts(
+    reach: NDArray[np.int64], begins: NDArray[np.int64], ends: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the first entry of each block, and the blocks of each directory: as many entries as fit, in order."""
+    total = reach[ends] - reach[begins]
+    per = np.ones(len(begins), np.int64)
+    more: list[tuple[int, list[int]]] = []
+    for number in np.flatnonzero(total > _CAPACITY).tolist():
+        found = []
+        at, end = int(begins[number]), int(ends[number])
+        while at < end:
+            found.append(at)
+            at = min(int(np.searchsorted(reach, reach[at] + _CAPACITY, side="right")) - 1, end)
+        per[number] = len(found)
+        more.append((number, found))
+    places = np.cumsum(per) - per
+    firsts = np.zeros(int(per.sum()), np.int64)
+    firsts[places] = begins
+    for number, found in more:
+        firsts[places[number] : places[number] + len(found)] = found
+    return firsts, per
+
+
+def _fill(
+    blocks: NDArray[np.uint8],
+    firsts: NDArray[np.int64],
+    names: list[bytes],
+    lengths: NDArray[np.int64],
+    reach: NDArray[np.int64],
+    inodes: NDArray[np.int64],
+    types: NDArray[np.int64],
+) -> None:
+    """Write entries into blocks: `firsts` are the blocks' first entries, `reach` the room that entries take, summed."""
+    count = len(names)
+    per = np.diff(np.append(firsts, count))
+    block = np.repeat(np.arange(len(firsts)), per)
+    within = reach[:-1] - reach[firsts][block]
+    rec_len = np.diff(reach)
+    lasts = np.append(firsts[1:], count) - 1
+    rec_len[lasts] = _CAPACITY - within[lasts]
+    places = block * BLOCK + within
+    words = blocks.reshape(-1).view("<u4")
+    words[places // 4] = inodes
+    words[places // 4 + 1] = rec_len | lengths << 16 | types << 24
+    total = int(lengths.sum())
+    flat = np.frombuffer(b"".join(names), np.uint8)
+    spread = np.repeat(places + 8 - (np.cumsum(lengths) - lengths), lengths) + np.arange(total)
+    blocks.reshape(-1)[spread] = flat
+    tails = blocks[:, _CAPACITY:].view("<u4")
+    tails[:, 1] = 12 | 0xDE << 24
+
+
+_FILE_TYPES = np.zeros(16, np.int64)
+for _bits, _type in s.FILE_TYPES.items():
+    _FILE_TYPES[_bits] = _type
+
+
+def file_types(modes: NDArray[Any]) -> NDArray[np.int64]:
+    """Return the file_type of directory entries for modes."""
+    found: NDArray[np.int64] = _FILE_TYPES[modes >> 12 & 15]
+    return found

@@ -1,0 +1,221 @@
+"""Writes a tree as an ext4 file system: a `Disk` of metadata bytes and ranges of what the files lie in.
+
+Every tree taken is laid out behind what lies there already, so that a tree that grows layer by layer changes little of
+what its lower layers wrote: numbers of inodes and places of blocks stay.
+"""
+
+from __future__ import annotations
+
+import stat
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from diskmorph.formats.allocator import Identity
+from diskmorph.formats.errors import TargetError
+from diskmorph.formats.ext4 import xattrs
+from diskmorph.formats.ext4.collect import Collector, Directories, Names, content, file_types, pack
+from diskmorph.formats.ext4.geometry import BLOCK, Geometry, sized, smallest
+from diskmorph.formats.ext4.image import Contents, build
+from diskmorph.formats.ext4.inodes import inode_numbers
+from diskmorph.formats.ext4.schema import FIRST_INO, INODE_LARGE, INODE_ROW
+from diskmorph.formats.ext4.segments import SEGMENT, cut, segments, tree_blocks
+from diskmorph.formats.ext4.superblock import line_reserved
+from diskmorph.formats.ext4.zeroes import PIECE, joined, without_zeroes
+from diskmorph.formats.source import ByteSource, BytesSource
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from diskmorph.formats.disk import Disk
+    from diskmorph.formats.tree import Node, Tree
+
+_IN_INODE_XATTRS = INODE_LARGE - INODE_ROW.itemsize
+_FAST_LINK = 60  # a shorter target lies in the inode
+
+
+@dataclass(frozen=True)
+class Ext4Options:
+    """How a file system is made.
+
+    `label`: at most 16 bytes; `identity`: where UUID, hash seed and time come from, the same for all layers;
+    `reserved`: percent of the blocks kept for root; `uuid`: overrides identity's.
+    """
+
+    label: bytes = b""
+    identity: Identity = field(default_factory=Identity)
+    reserved: int = 5
+
+
+class Ext4Writer:
+    """Takes a tree, or the states of a tree that grows, and returns each as a file system.
+
+    `lost` tells what ext4 could not hold. Raises TargetError where the tree cannot be held at all.
+    """
+
+    def __init__(self, options: Ext4Options | None = None) -> None:
+        self.options = options or Ext4Options()
+        self.lost: list[str] = []
+        self.geometry: Geometry | None = None
+        self._collector = Collector()
+        self._contents = Contents(self.options.identity, self.options.label, self.options.reserved)
+        self._source_numbers: dict[int, int] = {}
+        self._new_segments: list[NDArray[np.void]] = []
+        self._new_pieces: list[NDArray[np.void]] = []
+        self._piece_runs: list[NDArray[np.int64]] = []
+        self._new_xattrs: list[int] = []
+        self._directory_blocks: dict[int, int] = {}
+        self._line = 0
+
+    def take(self, tree: Tree) -> None:
+        """Read a tree, or its next state: what is in it now, less what is gone. Content is read to find zeroes."""
+        collector, contents = self._collector, self._contents
+        known = len(collector.nodes)
+        names = collector.take(tree)
+        fresh = collector.nodes[known:]
+        self._take_content(fresh, known)
+        self._take_xattrs(fresh, known)
+        contents.alive = np.array(collector.alive, np.int64)
+        contents.columns = collector.columns(tree)
+        contents.nodes = collector.nodes
+        contents.directories = self._pack(names)
+        contents.links = self._links(names)
+
+    def _take_content(self, fresh: list[Node], known: int) -> None:
+        sources = self._contents.sources
+        pieces = joined(content(fresh, known, sources, self._source_numbers))
+        pieces = without_zeroes(pieces, sources, BLOCK)
+        links = self._long_links(fresh, known)
+        if len(links):
+            pieces = np.concatenate((pieces, links))
+            pieces = pieces[np.lexsort((pieces["start"], pieces["owner"]))]
+        found, runs = segments(pieces)
+        self._new_pieces.append(pieces)
+        self._new_segments.append(found)
+        self._piece_runs.append(runs)
+
+    def _long_links(self, fresh: list[Node], known: int) -> NDArray[np.void]:
+        """Return the targets of long symbolic links as pieces of a source made of them."""
+        owners, targets = [], []
+        for owner, node in enumerate(fresh, known):
+            if node.mode & 0o170000 == stat.S_IFLNK and len(node.target) >= _FAST_LINK:
+                if len(node.target) >= BLOCK:
+                    raise TargetError("a symbolic link's target is too long for ext4", expected=f"{BLOCK - 1} bytes")
+                owners.append(owner)
+                targets.append(node.target)
+        pieces = np.zeros(len(owners), PIECE)
+        if owners:
+            pieces["owner"] = owners
+            pieces["length"] = [len(target) for target in targets]
+            pieces["offset"] = np.cumsum(pieces["length"]) - pieces["length"]
+            pieces["source"] = self._add_source(BytesSource(b"".join(targets), "link targets"))
+        return pieces
+
+    def _add_source(self, source: ByteSource) -> int:
+        self._contents.sources.append(source)
+        return len(self._contents.sources) - 1
+
+    def _take_xattrs(self, fresh: list[Node], known: int) -> None:
+        contents = self._contents
+        for owner, node in enumerate(fresh, known):
+            if not node.xattrs:
+                continue
+            kept, refused = xattrs.split_names(node.xattrs)
+            inner, outer, left = xattrs.place(kept, _IN_INODE_XATTRS, BLOCK)
+            if inner:
+                contents.inline_xattrs[owner] = xattrs.build_inline(inner, _IN_INODE_XATTRS)
+            if outer:
+                contents.block_xattrs[owner] = xattrs.build_block(outer, BLOCK)
+                self._new_xattrs.append(owner)
+            names = [*refused, *(a.name for a in left)]
+            self.lost.extend(f"extended attribute {name.decode(errors='backslashreplace')}" for name in names)
+
+    def _pack(self, names: Names) -> Directories:
+        nodes = self._collector.nodes
+        modes = np.fromiter((node.mode for node in nodes), np.int64, len(nodes))
+        self._contents.modes = modes
+        return pack(names, inode_numbers(np.arange(len(nodes))), file_types(modes))
+
+    def _links(self, names: Names) -> NDArray[np.int64]:
+        """Return the link count of every object: a directory's is 2 and one for each directory in it."""
+        return np.bincount(np.array(names.objects, np.int64), minlength=len(self._collector.nodes))
+
+    def need(self) -> tuple[int, int]:
+        """Return the blocks of the data line that everything takes, journal excluded, and the inodes.
+
+        What files take in tree blocks is estimated from above.
+        """
+        placed = self._line
+        found = np.concatenate(self._new_segments) if self._new_segments else np.zeros(0, SEGMENT)
+        blocks = int(found["count"].sum()) + int(self._directory_growth()[1].sum()) + len(self._new_xattrs) + 1
+        cuts = found["count"] // (BLOCK * 2) + 1
+        per_owner = np.bincount(np.unique(found["owner"], return_inverse=True)[1], weights=cuts + 1)
+        trees = sum(tree_blocks(int(count)) for count in per_owner[per_owner > 2].tolist())
+        return placed + blocks + trees, len(self._collector.nodes) + FIRST_INO + 1
+
+    def disk(self, size: int | None = None, *, slack: int = 0, inodes: int = 0) -> Disk:
+        """Return the file system of the tree as last taken.
+
+        `size` in bytes (None: the smallest), `slack` bytes to be left free, `inodes` at least; all three decide only
+        the first time, the states of a growing tree share one layout. Raises TargetError where it is too small.
+        """
+        if self.geometry is None:
+            blocks, count = self.need()
+            count = max(count, inodes)
+            self.geometry = smallest(blocks, count, slack) if size is None else sized(size, count)
+            self._line = line_reserved(self.geometry)
+        self._place(self.geometry)
+        return build(self._contents, self.geometry)
+
+    def _place(self, geometry: Geometry) -> None:
+        """Give everything new its position on the data line: directories, xattr blocks, files, tree blocks."""
+        contents = self._contents
+        owners, growth, had = self._directory_growth()
+        grown = np.zeros(len(owners), SEGMENT)
+        grown["owner"], grown["block"], grown["count"] = owners, had, growth
+        grown = grown[growth > 0]
+        self._advance(grown)
+        self._directory_blocks.update(
+            zip(grown["owner"].tolist(), (grown["block"] + grown["count"]).tolist(), strict=True)
+        )
+        for owner in self._new_xattrs:
+            contents.xattr_places[owner] = self._line
+            self._line += 1
+        self._new_xattrs = []
+        parts = [contents.segments, grown]
+        for found, pieces, runs in zip(self._new_segments, self._new_pieces, self._piece_runs, strict=True):
+            self._advance(found)
+            parts.append(found)
+            contents.add_pieces(pieces, found["at"][runs] - found["block"][runs])
+        self._new_segments, self._new_pieces, self._piece_runs = [], [], []
+        table = np.concatenate(parts)
+        contents.segments = table[np.lexsort((table["block"], table["owner"]))]
+        self._place_trees(geometry)
+        if self._line > geometry.free:
+            raise TargetError(
+                f"the file system is too small: {geometry.blocks * BLOCK} bytes do not hold the tree",
+                expected=f"{(self._line - geometry.free) * BLOCK} bytes more",
+            )
+
+    def _advance(self, rows: NDArray[np.void]) -> None:
+        ends = self._line + np.cumsum(rows["count"])
+        rows["at"] = ends - rows["count"]
+        self._line = int(ends[-1]) if len(ends) else self._line
+
+    def _directory_growth(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Return directories' objects, the blocks that each wants more, and those that it has."""
+        found = self._contents.directories
+        had = np.array([self._directory_blocks.get(owner, 0) for owner in found.objects.tolist()], np.int64)
+        return found.objects, np.maximum(found.counts - had, 0), had
+
+    def _place_trees(self, geometry: Geometry) -> None:
+        """Give tree blocks to files that need more of them than they have."""
+        table = self._contents.segments
+        row, _, _ = cut(table["at"], table["count"], geometry.run_positions)
+        owners, counts = np.unique(table["owner"][row], return_counts=True)
+        for owner, count in zip(owners[counts > 4].tolist(), counts[counts > 4].tolist(), strict=True):
+            places = self._contents.tree_places.setdefault(owner, [])
+            while len(places) < tree_blocks(count):
+                places.append(self._line)
+                self._line += 1
