@@ -12,7 +12,7 @@ import numpy as np
 
 from diskmorph.formats.disk import ImageDisk, ImageInfo, ParentRef
 from diskmorph.formats.errors import FormatError, UnsupportedError
-from diskmorph.formats.extents import ABSENT, DATA, HOLE, clip, from_units, require_within
+from diskmorph.formats.extents import ABSENT, DATA, HOLE, clip, from_units, require_within, row
 from diskmorph.formats.extents import ZERO as ZERO_KIND
 from diskmorph.formats.vdi.schema import (
     DIFFERENCING,
@@ -25,6 +25,7 @@ from diskmorph.formats.vdi.schema import (
     PREHEADER,
     PREHEADER_SIZE,
     SIGNATURE,
+    STATIC,
     TYPE_NAMES,
     UNDO,
     ZERO,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from diskmorph.formats.source import ByteSource
 
 _BATCH = 1 << 16  # entries of the map read at once: 256 KiB
+_SCATTERED = 1024  # rows of a batch
 _LEAST_BLOCK, _MOST_BLOCK = 4 << 10, 1 << 30  # bytes; above, places could not be told in 64 bits
 
 
@@ -93,7 +95,21 @@ class VdiDisk(ImageDisk):
             rows = from_units(first, header.block_size, kinds, offsets, self.size)
             rows = clip(rows, start, stop)
             require_within(rows, [self.files[0].size], file=self.name, format="vdi", structure="block")
-            yield rows
+            # In a scattered map there is one question to the file system for each block: not worth the time.
+            ordered = header.type == STATIC and len(rows) <= _SCATTERED
+            yield from self._sparse(rows) if ordered else (rows,)
+
+    def _sparse(self, rows: NDArray[np.void]) -> Iterator[NDArray[np.void]]:
+        """Yield the rows with holes where the file has them: a static image stores all blocks, but often sparsely."""
+        for index in range(len(rows)):
+            one = rows[index : index + 1]
+            if one["kind"][0] != DATA:
+                yield one
+                continue
+            start, offset, length = (int(one[name][0]) for name in ("start", "offset", "length"))
+            for at, count, allocated in self.files[0].runs(offset, offset + length):
+                kind, place = (DATA, at) if allocated else (HOLE, 0)
+                yield row(start + at - offset, count, kind, offset=place)
 
 
 def _parent(header: Header) -> ParentRef | None:

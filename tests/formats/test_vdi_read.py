@@ -64,6 +64,27 @@ def test_free_is_a_hole_and_zero_is_explicit(tmp_path: Path) -> None:
     assert rows["offset"].tolist() == [0, 0, 5 * MIB, 0]
 
 
+@pytest.mark.parametrize("scattered", [0, 1024])
+def test_a_static_image_has_the_holes_of_its_file(
+    scattered: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("diskmorph.formats.vdi.reader._SCATTERED", scattered)
+    path = tmp_path / "d.vdi"
+    want = vdi(path, 5 * MIB, [data(1, MIB), bytes(MIB), ZERO, FREE, data(2, MIB)], [0, 1, 3], kind=2)
+    with path.open("r+b") as file:
+        head = file.read(2 * MIB)
+        file.seek(4 * MIB)
+        tail = file.read()
+        file.truncate(0)
+        for offset, piece in ((0, head), (4 * MIB, tail)):
+            file.seek(offset)
+            file.write(piece)
+    disk = checked(open_disk(path))
+    assert content(disk) == want
+    rows = np.concatenate(list(disk.extents()))
+    assert rows["kind"].tolist() == [DATA, HOLE if scattered else DATA, ZERO_KIND, HOLE, DATA][0 if scattered else 1 :]
+
+
 def test_qemu_agrees_about_a_permuted_map(tmp_path: Path) -> None:
     blocks: list[bytes | str] = [data(1, MIB), FREE, data(2, MIB), ZERO, data(3, MIB)]
     want = vdi(tmp_path / "d.vdi", 5 * MIB, blocks, [1, 2, 0])
