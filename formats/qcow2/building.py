@@ -10,17 +10,16 @@ import numpy as np
 from diskmorph.formats.allocator import Write
 from diskmorph.formats.errors import TargetError
 from diskmorph.formats.qcow2 import schema as s
-from diskmorph.formats.qcow2.refcounts import pack
+from diskmorph.formats.qcow2.refcounts import PIECE, pack
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from diskmorph.formats.allocator import NewImage
+    from diskmorph.formats.qcow2.header import Header
     from diskmorph.formats.qcow2.options import Shape
     from diskmorph.formats.qcow2.packing import Packer
 
-_BATCH = 1 << 19
-"""Refcounts that are made at once."""
 _PEER_NAMES = {"vhd": "vpc"}
 """What QEMU calls formats that have another name here."""
 
@@ -35,7 +34,7 @@ class RefcountLayout:
     end: int
 
     @classmethod
-    def after(cls, end: int, shape: Shape) -> RefcountLayout:
+    def after(cls, end: int, shape: Shape | Header) -> RefcountLayout:
         """Return the smallest layout behind `end` that counts every cluster, its own included."""
         cluster = shape.cluster
         per_block = cluster * 8 // shape.refcount_bits
@@ -56,16 +55,14 @@ class RefcountLayout:
 def refcount_writes(layout: RefcountLayout, shape: Shape, packer: Packer) -> Iterator[Write]:
     """Yield refcount blocks and table: 1 for every cluster of the file, but what the packer counted otherwise."""
     cluster = shape.cluster
-    per_block = cluster * 8 // shape.refcount_bits
     total = layout.end // cluster
-    step = max(_BATCH // per_block, 1)
-    for low in range(0, layout.blocks, step):
-        high = min(low + step, layout.blocks)
-        counts = np.zeros((high - low) * per_block, np.uint64)
-        used = min(total - low * per_block, len(counts))
+    whole = layout.blocks * (cluster * 8 // shape.refcount_bits)
+    for low in range(0, whole, PIECE):
+        counts = np.zeros(min(PIECE, whole - low), np.uint64)
+        used = max(min(total - low, len(counts)), 0)
         counts[:used] = 1
-        packer.apply(low * per_block, counts[:used])
-        yield Write(0, layout.offset + low * cluster, pack(counts, shape.refcount_bits))
+        packer.apply(low, counts[:used])
+        yield Write(0, layout.offset + low * shape.refcount_bits // 8, pack(counts, shape.refcount_bits))
     table = np.arange(layout.blocks, dtype=np.uint64) * np.uint64(cluster) + np.uint64(layout.offset)
     yield Write(0, layout.table_offset(cluster), table.astype(s.ENTRY).tobytes())
 

@@ -9,12 +9,16 @@ import numpy as np
 from diskmorph.formats.qcow2 import schema as s
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from numpy.typing import NDArray
 
     from diskmorph.formats.qcow2.header import Header
     from diskmorph.formats.source import ByteSource
 
 _U = np.uint64
+PIECE = 1 << 19
+"""Refcounts that are held at once."""
 
 
 def unpack(data: bytes | memoryview, bits: int) -> NDArray[np.uint64]:
@@ -49,9 +53,34 @@ def used_beyond(source: ByteSource, header: Header) -> bool:
     table = read_table(source, header) & ~_U(s.TABLE_RESERVED)
     if (table + _U(header.cluster) > _U(source.size))[table != 0].any():
         return True
-    start = first // header.block_entries
-    for index in (np.flatnonzero(table[start:]) + start).tolist():
-        counts = unpack(source.read(int(table[index]), header.cluster), header.refcount_bits)
-        if counts[max(first - index * header.block_entries, 0) :].any():
-            return True
-    return False
+    last = (int(np.flatnonzero(table)[-1]) + 1) * header.block_entries if table.any() else 0
+    return any(counts.any() for _, counts in stored_refcounts(source, header, table, first, last - first))
+
+
+def stored_refcounts(
+    source: ByteSource, header: Header, blocks: NDArray[np.uint64], base: int, count: int
+) -> Iterator[tuple[int, NDArray[np.uint64]]]:
+    """Yield (number less `base`, refcounts) of the clusters base..base + count, piece by piece; 0 without a block.
+
+    `blocks` are the refcount table's entries, all of them in the file.
+    """
+    for low in range(base, base + count, PIECE):
+        high = min(low + PIECE, base + count)
+        counts = np.zeros(high - low, _U)
+        for index in range(low // header.block_entries, -(-high // header.block_entries)):
+            start, stop = max(index * header.block_entries, low), min((index + 1) * header.block_entries, high)
+            offset = int(blocks[index]) if index < len(blocks) else 0
+            if offset:
+                counts[start - low : stop - low] = _part(
+                    source, header, offset, start % header.block_entries, stop - start
+                )
+        yield low - base, counts
+
+
+def _part(source: ByteSource, header: Header, offset: int, first: int, count: int) -> NDArray[np.uint64]:
+    """Return `count` refcounts of the block at `offset`, from number `first` on."""
+    bits = header.refcount_bits
+    before = first % max(8 // bits, 1)
+    start = (first - before) * bits // 8
+    stop = -(-(first + count) * bits // 8)
+    return unpack(source.read(offset + start, stop - start), bits)[before : before + count]

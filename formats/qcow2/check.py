@@ -1,0 +1,158 @@
+"""Checking qcow2: every table, every reference against its refcount, every flag that depends on it.
+
+Corruptions and leaks are counted as `qemu-img check` counts them: a refcount above the references is a leak, one below
+them a corruption.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from diskmorph.formats.check import ERROR, LEAK, WARNING, CheckReport
+from diskmorph.formats.errors import OptionError, UnsupportedError
+from diskmorph.formats.qcow2 import schema as s
+from diskmorph.formats.qcow2.flags import Singles, active_tables, wrong_flags
+from diskmorph.formats.qcow2.header import read_header
+from diskmorph.formats.qcow2.refcounts import stored_refcounts
+from diskmorph.formats.qcow2.references import WINDOW, Counter, counted, data_references, metadata_counted
+from diskmorph.formats.qcow2.repair import plan_repair
+from diskmorph.formats.qcow2.survey import Survey, Surveyor, note
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from diskmorph.formats.qcow2.header import Header
+    from diskmorph.formats.registry import OpenContext
+    from diskmorph.formats.source import ByteSource
+
+_U = np.uint64
+_WINDOWS = 64
+
+
+def check_image(source: ByteSource, context: OpenContext, repair: str | None = None) -> CheckReport:
+    """See FormatModule. `repair` "leaks" lowers refcounts that are too high; "all" mends refcounts and flags.
+
+    Raises FormatError where the header, the L1 table or the refcount table cannot be read.
+    """
+    if repair not in {None, "leaks", "all"}:
+        raise OptionError(f"qcow2 has no repair {repair!r}", hint="leaks or all")
+    header = read_header(source, context.limits)
+    report = CheckReport("qcow2")
+    _check_bits(header, report)
+    survey = Surveyor(source, header, context.limits, report).survey()
+    windows, first = _first_pass(survey, report)
+    singles = Singles(windows, survey.clusters)
+    for base in windows:
+        counter, first = (counted(survey, base) if first is None else first), None
+        _check_window(survey, counter, singles, report)
+        del counter
+    _check_copied(survey, singles, report)
+    if repair is not None:
+        plan_repair(survey, windows, repair, report)
+    return report
+
+
+def _check_bits(header: Header, report: CheckReport) -> None:
+    if header.incompatible & s.DIRTY:
+        report.add("header", 72, "the dirty bit is set: the image was not closed, refcounts may be wrong", WARNING)
+    if header.incompatible & s.CORRUPT:
+        report.add("header", 72, "the corrupt bit is set: QEMU found this image corrupt", WARNING)
+    unknown = header.autoclear & ~(s.AUTOCLEAR_BITMAPS | s.AUTOCLEAR_RAW)
+    if unknown:
+        report.add("header", 88, f"unknown autoclear features {unknown:#x}", WARNING)
+    if header.extensions.bitmaps is not None and not header.autoclear & s.AUTOCLEAR_BITMAPS:
+        report.add("header", 88, "the bitmaps are out of date: their autoclear bit is not set", WARNING)
+
+
+def _first_pass(survey: Survey, report: CheckReport) -> tuple[list[int], Counter | None]:
+    """Judge every L2 entry; return the windows in which anything is used, and the first one, counted."""
+    counter = metadata_counted(survey, 0)
+    bases = [np.zeros(1, np.int64), survey.fixed // WINDOW, survey.refcounts // WINDOW]
+    bases.append((survey.tables >> _U(survey.header.cluster_bits)).astype(np.int64) // WINDOW)
+    block = np.flatnonzero(survey.blocks) * survey.header.block_entries
+    bases += [block // WINDOW, (block + survey.header.block_entries - 1) // WINDOW]
+    seen = {int(base) for part in bases for base in np.unique(part)}
+    for clusters, weights in data_references(survey, report):
+        counter.add(clusters, weights)
+        if survey.clusters > WINDOW and len(clusters):
+            seen |= set(np.unique(clusters // WINDOW).tolist())
+        if len(seen) > _WINDOWS:
+            break
+    windows = sorted(base * WINDOW for base in seen if base * WINDOW < survey.clusters)
+    if len(windows) > _WINDOWS:
+        raise UnsupportedError(
+            f"is too large to check: its clusters lie in {len(windows)} windows of {WINDOW}",
+            feature="checks of such files",
+            file=survey.source.name,
+            format="qcow2",
+        )
+    return windows, counter
+
+
+def _check_window(survey: Survey, counter: Counter, singles: Singles, report: CheckReport) -> None:
+    overlaps = _overlaps(survey, counter)
+    header = survey.header
+    for low, stored in stored_refcounts(survey.source, header, survey.blocks, counter.base, len(counter.counts)):
+        counts = counter.counts[low : low + len(stored)].astype(_U)
+        singles.put(counter.base + low, stored == 1)
+        _compare(survey, counter.base + low, stored, counts, report)
+        # An overlap whose refcount agrees is none of the mismatches above, but no less wrong.
+        inside = overlaps[(overlaps >= low) & (overlaps < low + len(stored))]
+        hidden = inside[stored[inside - low] >= counts[inside - low]]
+        offsets = (hidden + counter.base) << header.cluster_bits
+        note(report, "metadata", offsets, "a cluster of metadata is used for something else too")
+    index = survey.refcounts - counter.base
+    index = index[(index >= 0) & (index < len(counter.counts))]
+    survey.rebuild |= bool((counter.counts[index] != 1).any())
+
+
+def _overlaps(survey: Survey, counter: Counter) -> NDArray[np.int64]:
+    """Return the clusters of metadata (numbers within the window) with more references than their own."""
+    tables = (survey.tables >> _U(survey.header.cluster_bits)).astype(np.int64)
+    own = np.unique(np.concatenate((survey.fixed, survey.refcounts, tables))) - counter.base
+    due = np.ones(len(own), np.int64)
+    due[np.searchsorted(own, tables - counter.base)] = survey.weights
+    inside = (own >= 0) & (own < len(counter.counts))
+    own, due = own[inside], due[inside]
+    return own[counter.counts[own] > due]
+
+
+def _compare(
+    survey: Survey, base: int, stored: NDArray[np.uint64], counts: NDArray[np.uint64], report: CheckReport
+) -> None:
+    for found, severity in ((np.flatnonzero(stored > counts), LEAK), (np.flatnonzero(stored < counts), ERROR)):
+        if not len(found):
+            continue
+        offsets = (found + base) << survey.header.cluster_bits
+        structure = "refcount"
+
+        def message(number: int, found: NDArray[np.int64] = found) -> str:
+            index = int(found[number])
+            return f"cluster {base + index} has refcount {int(stored[index])} but {int(counts[index])} references"
+
+        note(report, structure, offsets, message, severity)
+        if severity == ERROR:
+            _judge_mend(survey, (found + base) // survey.header.block_entries, int(counts[found].max()))
+
+
+def _judge_mend(survey: Survey, blocks: NDArray[np.int64], most: int) -> None:
+    """Note whether refcounts that are too low can be raised where they are."""
+    if most >> survey.header.refcount_bits:
+        survey.structural += 1
+    if int(blocks[-1]) >= len(survey.blocks) or not survey.blocks[blocks].all():
+        survey.rebuild = True
+
+
+def _check_copied(survey: Survey, singles: Singles, report: CheckReport) -> None:
+    header = survey.header
+    wrong = np.flatnonzero(wrong_flags(survey, survey.l1, singles, data_file=False))
+    message = "the copied flag does not agree with the refcount"
+    note(report, "L1 table", header.l1_offset + 8 * wrong, message)
+    width = 2 if header.extended else 1
+    for offsets, words in active_tables(survey):
+        flags = wrong_flags(survey, words[:, ::width], singles, data_file=header.has_data_file)
+        if flags.any():
+            rows, columns = np.nonzero(flags)
+            note(report, "L2 table", offsets[rows].astype(np.int64) + 8 * width * columns, message)
