@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from diskmorph.commands.common import (
     CACHE_MODES,
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Write an image anew: another format, another subformat, compressed, flattened, grown, or as an overlay.
 
-SRC and DST are files; `-` is standard input or output, where the format can be streamed. The source's format is
+SRC and DST are files; `-` is standard input or output, where the format can be streamed. Several SRC make one package
+(NAME.ova, NAME.ovf); a package's disks go one by one (--disk N) or all into a folder (DIR/). The source's format is
 known by its content (-f decides), the target's by its suffix (-O decides). The target appears when it is complete, or
 never."""
 
@@ -48,6 +49,10 @@ EXAMPLES = (
     ("diskmorph convert --device disk.qcow2 /dev/sdX", "onto a block device, in place"),
     ("diskmorph convert disk.qcow2 - | zstd > disk.raw.zst", "through a pipe"),
     ("diskmorph convert -f raw -O qcow2 - disk.qcow2 < disk.raw", "from a pipe"),
+    ("diskmorph convert disk.qcow2 vm.ova -o cpus=2,memory=4G,firmware=efi", "a package with its machine"),
+    ("diskmorph convert root.qcow2 data.vhdx vm.ova", "several disks in one package"),
+    ("diskmorph convert vm.ova disk.qcow2 --disk 2", "one disk of a package, read where it lies"),
+    ("diskmorph convert vm.ova disks/ -O qcow2", "all of them"),
 )
 
 _REFUSED = (
@@ -66,6 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("paths", nargs="*", metavar="SRC DST", help="the source and the target; `-` is a pipe")
     add_source(parser)
     parser.add_argument("--snapshot", metavar="NAME", help="an internal snapshot as the source")
+    parser.add_argument("--disk", type=int, metavar="N", help="a package's disk as the source, from 1")
     parser.add_argument("-l", dest="snapshot", type=_snapshot_word, metavar="NAME", help=argparse.SUPPRESS)
     _add_shape(parser)
     _add_run(parser)
@@ -128,7 +134,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     from diskmorph.commands.progress import progress
 
     with progress(out, "converting") as tell:
-        report = diskmorph.convert(source, target, options=options, on_progress=tell)
+        report = diskmorph.convert(cast("str", source), target, options=options, on_progress=tell)
     print_report(report, out, dry=args.dry_run)
     return 0
 
@@ -146,6 +152,7 @@ def options_of(args: argparse.Namespace) -> ConvertOptions:
         base=Path(args.base) if args.base else None,
         base_format=args.base_format,
         snapshot=args.snapshot,
+        disk=args.disk,
         size=size_of(args.size, "--size"),
         zero_unit=size_of(args.zero_unit, "-S") or 0,
         profile=args.profile,
@@ -163,16 +170,13 @@ def options_of(args: argparse.Namespace) -> ConvertOptions:
     )
 
 
-def _source_and_target(args: argparse.Namespace) -> tuple[str, str]:
+def _source_and_target(args: argparse.Namespace) -> tuple[str | list[str], str]:
     from diskmorph.formats.errors import OptionError
 
     if len(args.paths) < 2:
         raise OptionError("convert needs a source and a target", hint="see `diskmorph convert --help`")
     if len(args.paths) > 2:
-        raise OptionError(
-            f"convert takes one source and one target, not {len(args.paths)} names",
-            hint="see `diskmorph convert --help`",
-        )
+        return args.paths[:-1], args.paths[-1]
     return args.paths[0], args.paths[1]
 
 

@@ -10,7 +10,7 @@ assert __name__ == "diskmorph.convert", "import diskmorph.convert, not convert" 
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from diskmorph.convert.options import ConvertOptions, ConvertReport, Progress
     from diskmorph.formats.disk import Disk
@@ -21,13 +21,16 @@ class _ConvertModule(ModuleType):
 
     def __call__(
         self,
-        source: str | os.PathLike[str] | Disk,
+        source: str | os.PathLike[str] | Disk | Sequence[str | os.PathLike[str] | Disk],
         target: str | os.PathLike[str],
         *,
         options: ConvertOptions | None = None,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> ConvertReport:
-        """Convert anything to anything; of disks see `diskmorph.convert.job.convert`, of the rest convert/routes.py."""
+        """Convert anything to anything; of disks see `diskmorph.convert.job.convert`, of the rest convert/routes.py.
+
+        Several sources make one package.
+        """
         from diskmorph.convert.options import ConvertOptions  # noqa: PLC0415 - NumPy loads when it is needed
         from diskmorph.convert.routes import converter  # noqa: PLC0415
 

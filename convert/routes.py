@@ -10,8 +10,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
+from diskmorph.formats.errors import OptionError
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from diskmorph.convert.options import ConvertOptions, ConvertReport
     from diskmorph.formats.disk import Disk
@@ -44,6 +46,25 @@ def _from_iso(asked: Asked) -> bool:
     return outer is not None and outer.format == "iso"
 
 
+def _to_package(asked: Asked) -> bool:
+    wanted = asked.options.target_format
+    return wanted in {"ova", "ovf"} or (wanted is None and asked.target.lower().endswith((".ova", ".ovf")))
+
+
+def _package_to_folder(asked: Asked) -> bool:
+    """Say whether all disks of a package are to go into a folder: `vm.ova disks/`."""
+    if asked.source is None or not (asked.target.endswith("/") or Path(asked.target).is_dir()):
+        return False
+    from diskmorph.formats.probe import signatures  # noqa: PLC0415
+    from diskmorph.formats.source import FileSource  # noqa: PLC0415
+
+    if not Path(asked.source).is_file():
+        return False
+    with FileSource(asked.source, shared=True) as source:
+        kind = asked.options.source_format or next((found.format for found in signatures(source) if found.outer), None)
+    return kind in {"ova", "ovf"}
+
+
 class Route(NamedTuple):
     """A way: taken when `takes` says so; `function` of `module` is called as `convert` is."""
 
@@ -55,15 +76,24 @@ class Route(NamedTuple):
 ROUTES: tuple[Route, ...] = (
     Route(_to_iso, "diskmorph.convert.iso", "tree_to_iso"),
     Route(_from_iso, "diskmorph.convert.iso", "iso_to_disk"),
+    Route(_to_package, "diskmorph.convert.packages", "disks_to_package"),
+    Route(_package_to_folder, "diskmorph.convert.package_disks", "package_to_folder"),
 )
 
 
 def converter(
-    source: str | os.PathLike[str] | Disk, target: str | os.PathLike[str], options: ConvertOptions
+    source: str | os.PathLike[str] | Disk | Sequence[str | os.PathLike[str] | Disk],
+    target: str | os.PathLike[str],
+    options: ConvertOptions,
 ) -> Converter:
-    """Return the function that converts `source` to `target`."""
+    """Return the function that converts `source` to `target`. Raises OptionError for several sources of one disk."""
     name = os.fspath(source) if isinstance(source, str | os.PathLike) else None
     asked = Asked(None if name == "-" else name, os.fspath(target), options)
+    if isinstance(source, list | tuple) and not _to_package(asked):
+        raise OptionError(
+            f"several sources make a package, which {asked.target!r} is not",
+            hint="name the target NAME.ova or NAME.ovf, or convert the disks one by one",
+        )
     for route in ROUTES:
         if route.takes(asked):
             return cast("Converter", getattr(importlib.import_module(route.module), route.function))
