@@ -30,6 +30,7 @@ VERBS: tuple[Verb, ...] = (
     Verb("create", _HERE + "create", "make an empty image, or an overlay on another"),
     Verb("resize", _HERE + "resize", "give an image another virtual size"),
     Verb("snapshot", _HERE + "snapshot", "list internal snapshots, or extract one"),
+    Verb("serve", _HERE + "serve", "serve a disk, read-only, over NBD"),
     Verb("formats", _HERE + "formats", "list the formats, subformats and options"),
     Verb("completion", _HERE + "completion", "print a completion script for bash, zsh or fish"),
 )

@@ -121,7 +121,7 @@ def inspect(
     limits = limits or Limits()
     opener = Opener(Parents.of(parents), limits)
     context = OpenContext(opener, limits)
-    source = opener.user_file(path)
+    source = opener.user_source(path)
     try:
         entry, found = identify(source, format)
         if chain:
@@ -129,7 +129,7 @@ def inspect(
             below = tuple(_inspection(layer, layer.name, _signatures(layer), guessed=False) for layer in layers)
             for layer in layers:
                 layer.close()
-            source = opener.user_file(path)
+            source = opener.user_source(path)
         else:
             below = ()
         image = open_layer(source, entry, context)

@@ -75,7 +75,7 @@ def open_source(
     limits = limits or Limits()
     opener = opener or Opener(parents or Parents(), limits, FilePool(limits.open_files))
     if source is None:
-        source = spooled() if os.fspath(what) == "-" else opener.user_file(what)
+        source = spooled() if os.fspath(what) == "-" else opener.user_source(what)
     try:
         entry, found = identify(source, format)
         layers = open_layers(source, entry, OpenContext(opener, limits, snapshot, disk))

@@ -53,6 +53,14 @@ class Opener:
         """Open a file that the user named."""
         return FileSource(path, pool=self.pool, shared=self.parents.shared)
 
+    def user_source(self, name: str | os.PathLike[str]) -> ByteSource:
+        """Open what the user named: a file, or a URL (http, https, s3, nbd, nbd+unix)."""
+        from diskmorph.formats.remote import is_url, open_url  # noqa: PLC0415 - local files need none of it
+
+        if is_url(name):
+            return open_url(os.fspath(name))
+        return self.user_file(name)
+
     def sibling(self, name: str, near: ByteSource, what: str = "extent") -> FileSource:
         """Open a file that the image `near` names as a part of itself.
 

@@ -162,7 +162,7 @@ def _parent_source(
 ) -> tuple[ByteSource, bool]:
     opener = context.opener
     if first and opener.parents.backing is not None:
-        return opener.user_file(opener.parents.backing), True
+        return opener.user_source(opener.parents.backing), True
     failure: DiskmorphError | None = None
     for name in parent.names:
         try:
@@ -213,7 +213,7 @@ def open_disk(
     """
     limits = limits or Limits()
     opener = Opener(Parents.of(parents), limits)
-    source = path if isinstance(path, ByteSource) else opener.user_file(path)
+    source = path if isinstance(path, ByteSource) else opener.user_source(path)
     try:
         entry, _ = identify(source, format)
         return open_chain(source, entry, OpenContext(opener, limits, snapshot, disk))

@@ -1,0 +1,125 @@
+"""http:// and https:// by range requests: only what is asked for is fetched; the content may not change meanwhile."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diskmorph.formats.errors import IntegrityError, SourceError
+from diskmorph.formats.remote.blocks import BlockSource
+
+_ATTEMPTS = 6
+_TIMEOUT = 30.0
+
+
+class HttpSource(BlockSource):
+    """A file on a web server that answers range requests.
+
+    Size and ETag (or Last-Modified) are those of the first answer and are checked on every other. Lost connections,
+    timeouts and answers 429 and 5xx are tried again with growing pauses. Raises SourceError, IntegrityError.
+    """
+
+    def __init__(self, url: str) -> None:
+        import urllib3  # noqa: PLC0415 - heavy, and only for URLs
+
+        retries = urllib3.Retry(
+            total=_ATTEMPTS,
+            backoff_factor=0.2,
+            status_forcelist=(429, 500, 502, 503, 504),
+            allowed_methods=("GET", "HEAD"),
+            raise_on_status=False,
+            respect_retry_after_header=True,
+        )
+        timeout = urllib3.Timeout(connect=_TIMEOUT, read=_TIMEOUT)
+        self._http = urllib3.PoolManager(maxsize=8, retries=retries, timeout=timeout)
+        self._broken: tuple[type[Exception], ...] = (urllib3.exceptions.HTTPError,)
+        self._url = url
+        self.name = url
+        answer, _ = self._get(0, 1)
+        if answer.status == 200 and answer.headers.get("Content-Length") == "0":
+            total = "0"
+        elif answer.status != 206:
+            raise self._unfit(answer)
+        else:
+            total = answer.headers.get("Content-Range", "").rpartition("/")[2]
+        if not total.isdigit():
+            raise SourceError("the server does not say how large the file is", file=url)
+        self._mark = self._mark_of(answer)
+        super().__init__(url, int(total))
+
+    def _unfit(self, answer: Any) -> SourceError:
+        if answer.status == 200:
+            return SourceError(
+                "the server does not answer range requests",
+                file=self._url,
+                hint="download the file and convert it then",
+            )
+        return SourceError(f"the server answers {answer.status} {answer.reason or ''}".rstrip(), file=self._url)
+
+    @staticmethod
+    def _mark_of(answer: Any) -> tuple[str | None, str | None]:
+        return answer.headers.get("ETag"), answer.headers.get("Last-Modified")
+
+    def _get(self, offset: int, length: int) -> tuple[Any, bytes]:
+        """Return the answer and its body."""
+        headers = {"Range": f"bytes={offset}-{offset + length - 1}", "Accept-Encoding": "identity"}
+        try:
+            answer = self._http.request("GET", self._url, headers=headers, preload_content=False)
+            if answer.status != 206:
+                answer.close()
+                return answer, b""
+            body = answer.read(length + 1, decode_content=False)
+            answer.release_conn()
+        except self._broken as error:
+            raise SourceError(f"cannot be fetched: {_reason(error)}", file=self._url, offset=offset) from error
+        return answer, bytes(body)
+
+    def fetch(self, offset: int, length: int) -> bytes:
+        """See BlockSource; an answer that breaks off is asked for again from where it broke."""
+        data = b""
+        for _ in range(_ATTEMPTS):
+            found = self._get_again(offset + len(data), length - len(data))
+            if found is None:
+                continue
+            self._require_same(found[0], offset)
+            data += found[1]
+            if len(data) >= length:
+                return data[:length]
+        raise SourceError(
+            "the server breaks off its answers",
+            file=self._url,
+            offset=offset + len(data),
+            expected=f"{length} bytes",
+            found=len(data),
+        )
+
+    def _get_again(self, offset: int, length: int) -> tuple[Any, bytes] | None:
+        """Return an answer, None where the connection was lost while it came."""
+        try:
+            return self._get(offset, length)
+        except SourceError as error:
+            import urllib3  # noqa: PLC0415
+
+            if isinstance(error.__cause__, urllib3.exceptions.ProtocolError):
+                return None
+            raise
+
+    def _require_same(self, answer: Any, offset: int) -> None:
+        if answer.status != 206:
+            raise self._unfit(answer)
+        total = answer.headers.get("Content-Range", "").rpartition("/")[2]
+        if total != str(self.size) or self._mark_of(answer) != self._mark:
+            raise IntegrityError("changed on the server while it was read", file=self._url, offset=offset)
+
+    def verify_unchanged(self) -> None:
+        """See ByteSource."""
+        if self.size:
+            self._require_same(self._get(0, 1)[0], 0)
+
+    def close(self) -> None:
+        """See ByteSource."""
+        super().close()
+        self._http.clear()
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "reason", None) or error).partition(">: ")[2] or str(error)

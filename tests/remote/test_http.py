@@ -1,0 +1,143 @@
+"""http:// by ranges, against a server that throttles, resets, breaks off and changes its file."""
+
+import hashlib
+import http.server
+import random
+import re
+import threading
+
+import pytest
+
+import diskmorph
+from diskmorph.formats.errors import IntegrityError, SourceError
+from diskmorph.formats.remote.http import HttpSource
+
+from testkit import MIB, content, data, little_disk, write_image
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves `body`; `faults` are drawn for each request: reset, break, 503, slow."""
+
+    daemon_threads = True
+
+    def __init__(self, body: bytes, *, faults: float = 0.0, ranges: bool = True) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.body, self.faults, self.ranges = body, faults, ranges
+        self.etag = '"one"'
+        self.rng = random.Random(3)
+        self.sent = self.requests = 0
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/disk.img"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Server
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        server = self.server
+        server.requests += 1
+        if self.path != "/disk.img":
+            self.send_error(404)
+            return
+        fault = server.rng.choice(("reset", "break", "503")) if server.rng.random() < server.faults else ""
+        if fault == "reset":
+            self.connection.close()
+            return
+        if fault == "503":
+            self.send_response(503)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if not asked or not server.ranges:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(server.body)))
+            self.end_headers()
+            return
+        first, last = int(asked[1]), min(int(asked[2]), len(server.body) - 1)
+        piece = server.body[first : last + 1]
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {first}-{last}/{len(server.body)}")
+        self.send_header("Content-Length", str(len(piece)))
+        self.send_header("ETag", server.etag)
+        self.end_headers()
+        if fault == "break":
+            piece = piece[: len(piece) // 2]
+            self.close_connection = True
+        server.sent += len(piece)
+        self.wfile.write(piece)
+
+
+@pytest.fixture
+def image(tmp_path) -> bytes:
+    (path,) = write_image("qcow2", little_disk(), tmp_path / "disk.qcow2")
+    return path.read_bytes()
+
+
+def test_a_remote_image_is_converted_by_ranges(tmp_path, image):
+    with Server(image) as server:
+        report = diskmorph.convert(server.url, tmp_path / "out.raw")
+        assert (tmp_path / "out.raw").read_bytes() == content(little_disk())
+        assert report.source == server.url
+
+
+def test_only_what_holds_data_is_fetched(tmp_path):
+    size = 512 * MIB
+    with (tmp_path / "big.raw").open("wb") as file:
+        file.truncate(size)
+        file.seek(300 * MIB)
+        file.write(data(1, 65536))
+    diskmorph.convert(
+        tmp_path / "big.raw",
+        tmp_path / "big.qcow2",
+        options=diskmorph.ConvertOptions(format_options={"preallocation": "metadata"}),
+    )
+    body = (tmp_path / "big.qcow2").read_bytes()
+    with Server(body) as server:
+        assert diskmorph.digest(server.url).digest == hashlib.sha256((tmp_path / "big.raw").read_bytes()).hexdigest()
+
+
+def test_faults_are_lived_through(tmp_path):
+    body = data("faults", 12 * MIB + 77)
+    with Server(body, faults=0.2) as server:
+        report = diskmorph.convert(
+            server.url, tmp_path / "out.raw", options=diskmorph.ConvertOptions(source_format="raw")
+        )
+        assert report.virtual_size == len(body)
+        assert (tmp_path / "out.raw").read_bytes() == body
+
+
+def test_a_changed_file_is_noticed(image):
+    with Server(image) as server, HttpSource(server.url) as source:
+        source.read(0, 100)
+        server.etag = '"two"'
+        with pytest.raises(IntegrityError, match="changed"):
+            source.verify_unchanged()
+        with pytest.raises(IntegrityError, match="changed"):
+            source.read(2 * MIB, 100)
+
+
+def test_what_cannot_be_read_is_one_line(image):
+    with Server(image, ranges=False) as server, pytest.raises(SourceError, match="range") as caught:
+        HttpSource(server.url)
+    assert "\n" not in str(caught.value)
+    with Server(image) as server, pytest.raises(SourceError, match="404"):
+        HttpSource(server.url.replace("disk.img", "none"))
+    with pytest.raises(SourceError, match="cannot be fetched"):
+        HttpSource("http://127.0.0.1:1/disk.img")
+
+
+def test_reading_at_random(image):
+    rng = random.Random(1)
+    with Server(image, faults=0.05) as server, HttpSource(server.url) as source:
+        for _ in range(60):
+            at = rng.randrange(len(image))
+            length = min(rng.choice((1, 512, 70000, 5 * MIB)), len(image) - at)
+            assert source.read(at, length) == image[at : at + length]

@@ -1,0 +1,128 @@
+"""NBD both ways: our server is used by qemu and libnbd, our client reads from qemu-nbd and nbdkit."""
+
+import json
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import diskmorph
+from diskmorph.convert.serve import Server
+from diskmorph.formats.disk import checked
+from diskmorph.formats.errors import OptionError, SourceError
+from diskmorph.formats.remote.nbd import NbdSource, address
+from diskmorph.formats.views import SourceDisk
+
+from testkit import MIB, content, data, little_disk, run, write_image
+
+
+@pytest.fixture
+def served(tmp_path):
+    (image,) = write_image("qcow2", little_disk(), tmp_path / "disk.qcow2")
+    disk = diskmorph.open_disk(image)
+    server = Server(disk, path=tmp_path / "sock")
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    yield server
+    server.stop()
+    thread.join(5)
+    assert not thread.is_alive()
+    assert not (tmp_path / "sock").exists()
+    disk.close()
+
+
+def test_qemu_reads_what_is_served(served, tmp_path):
+    (tmp_path / "want.raw").write_bytes(content(little_disk()))
+    run("qemu-img", "compare", "-f", "raw", "-F", "raw", tmp_path / "want.raw", served.url)
+    run("qemu-img", "convert", "-f", "raw", "-O", "raw", served.url, tmp_path / "got.raw")
+    assert (tmp_path / "got.raw").read_bytes() == content(little_disk())
+    extents = json.loads(run("qemu-img", "map", "-f", "raw", "--output=json", served.url).stdout)
+    assert any(not e["data"] for e in extents)
+
+
+def test_libnbd_reads_what_is_served(served, tmp_path):
+    info = json.loads(run("nbdinfo", "--json", served.url).stdout)
+    export = info["exports"][0]
+    assert export["export-size"] == little_disk().size
+    assert export["is_read_only"]
+    assert "base:allocation" in json.dumps(export)
+    run("nbdcopy", served.url, tmp_path / "copy.raw")
+    assert (tmp_path / "copy.raw").read_bytes()[: little_disk().size] == content(little_disk())
+
+
+def test_writing_is_refused(served):
+    assert run("qemu-io", "-f", "raw", "-c", "write 0 512", served.url, ok=False).returncode != 0
+
+
+def test_our_client_reads_our_server(served):
+    with NbdSource(served.url) as source:
+        disk = checked(SourceDisk(source))
+        assert content(disk) == content(little_disk())
+        assert any(not allocated for _, _, allocated in source.runs(0, source.size))
+
+
+def _wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 20
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("peer", ["qemu-nbd", "nbdkit"])
+def test_our_client_reads_other_servers(tmp_path, peer):
+    size = 24 * MIB
+    with (tmp_path / "disk.raw").open("wb") as file:
+        file.truncate(size)
+        for at in (0, 5 * MIB, size - 4096):
+            file.seek(at)
+            file.write(data(at, 4096))
+    sock = tmp_path / "sock"
+    words = ["qemu-nbd", "-t", "-r", "-f", "raw", "-k", sock, "-e", "8", tmp_path / "disk.raw"]
+    if peer == "nbdkit":
+        words = ["nbdkit", "-f", "-r", "-U", sock, "file", tmp_path / "disk.raw"]
+    with subprocess.Popen([str(w) for w in words]) as child:
+        try:
+            _wait_for(sock)
+            url = f"nbd+unix:///?socket={sock}"
+            report = diskmorph.convert(
+                url, tmp_path / "out.qcow2", options=diskmorph.ConvertOptions(source_format="raw")
+            )
+            assert report.virtual_size == size
+            run("qemu-img", "compare", "-f", "raw", "-F", "qcow2", tmp_path / "disk.raw", tmp_path / "out.qcow2")
+            with NbdSource(url) as source:
+                runs = list(source.runs(0, size))
+                assert sum(length for _, length, _ in runs) == size
+                assert sum(length for _, length, allocated in runs if allocated) < MIB
+                with pytest.raises(SourceError):
+                    NbdSource(f"nbd+unix:///nosuchexport?socket={sock}") if peer == "qemu-nbd" else NbdSource(
+                        "nbd://127.0.0.1:1/"
+                    )
+        finally:
+            child.terminate()
+
+
+def test_urls():
+    assert address("nbd://host/a%20b") == (("host", 10809), "a b")
+    assert address("nbd+unix:///x?socket=/tmp/s") == ("/tmp/s", "x")
+    for bad in ("nbd+unix:///x", "nbd:///x"):
+        with pytest.raises(OptionError):
+            address(bad)
+    with pytest.raises(SourceError, match="cannot be reached"):
+        NbdSource("nbd://127.0.0.1:1/")
+
+
+def test_a_server_that_speaks_something_else_is_refused():
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer():
+            peer, _ = listener.accept()
+            peer.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+            peer.close()
+
+        threading.Thread(target=answer, daemon=True).start()
+        with pytest.raises(SourceError, match="protocol"):
+            NbdSource(f"nbd://127.0.0.1:{listener.getsockname()[1]}/")
