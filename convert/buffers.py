@@ -39,6 +39,8 @@ class Layout:
 
 def layout(segments: NDArray[np.void], pad: int) -> Layout:
     """Lay out the READ segments one after another, neighbours joined."""
+    if len(segments) == 1:
+        return _one_piece(segments, pad)
     reads = segments[segments["mode"] == READ]
     start, stop = reads["start"], reads["start"] + reads["length"]
     heads = np.concatenate(([True], start[1:] != stop[:-1]))
@@ -51,17 +53,20 @@ def layout(segments: NDArray[np.void], pad: int) -> Layout:
     return Layout(pieces, int(padded.sum()))
 
 
-def positions(pieces: NDArray[np.void], starts: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Return where the disk offsets `starts`, each inside a piece, lie in the buffer."""
-    owner = np.searchsorted(pieces["start"], starts, side="right") - 1
-    at: NDArray[np.uint64] = starts - pieces["start"][owner] + pieces["at"][owner]
-    return at
+def _one_piece(segments: NDArray[np.void], pad: int) -> Layout:
+    pieces = np.zeros(1, PIECE)
+    pieces["start"], pieces["length"] = segments["start"], segments["length"]
+    return Layout(pieces, -(-int(segments["length"][0]) // pad) * pad)
 
 
 def meet(
     a_start: NDArray[np.uint64], a_stop: NDArray[np.uint64], b_start: NDArray[np.uint64], b_stop: NDArray[np.uint64]
 ) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.uint64], NDArray[np.uint64]]:
     """Return the overlaps of two lists of sorted, disjoint ranges: index into a, index into b, start, stop."""
+    if len(a_start) == 1 and len(b_start) == 1:
+        zero = np.zeros(1 if a_start[0] < b_stop[0] and b_start[0] < a_stop[0] else 0, np.intp)
+        count = len(zero)
+        return zero, zero, np.maximum(a_start, b_start)[:count], np.minimum(a_stop, b_stop)[:count]
     first = np.searchsorted(b_stop, a_start, side="right")
     counts = np.searchsorted(b_start, a_stop, side="left") - first
     np.maximum(counts, 0, out=counts)
@@ -131,6 +136,10 @@ def _runs(
 
 def runs_of(pieces: NDArray[np.void], kinds: NDArray[np.uint8], granule: int) -> NDArray[np.void]:
     """Return RUN rows for the pieces, kind i standing for `granule` bytes of the buffer."""
+    if len(kinds) == 1 or (len(pieces) == 1 and (kinds == kinds[0]).all()):
+        runs = np.zeros(1, RUN)
+        runs["start"], runs["length"], runs["kind"] = pieces["start"], pieces["length"], kinds[0]
+        return runs
     starts, ends, _, values = _runs(pieces, kinds, granule)
     runs = np.zeros(len(starts), RUN)
     runs["start"], runs["length"], runs["kind"] = starts, ends - starts, values
@@ -139,6 +148,8 @@ def runs_of(pieces: NDArray[np.void], kinds: NDArray[np.uint8], granule: int) ->
 
 def with_segments(window: Window, runs: NDArray[np.void] | None) -> NDArray[np.void]:
     """Return the RUN rows of a whole window: those that were read, and the segments that were not, in order."""
+    if runs is not None and window.read == window.stop - window.start:
+        return runs
     rest = window.segments if runs is None else window.segments[window.segments["mode"] != READ]
     if not len(rest) and runs is not None:
         return runs

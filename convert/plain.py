@@ -108,6 +108,8 @@ class PlainHand:
         if ways.zero_unit > ways.fine:
             flags = buffers.without_short_zeroes(flags, ways.zero_unit // ways.fine)
         full = bool(flags.all())
+        if full and self._base is None:
+            return _data_runs(pieces), pieces
         granule = max(ways.step, ways.fine)
         coarse = flags if granule == ways.fine else flags.reshape(-1, granule // ways.fine).any(axis=1)
         kinds = np.where(coarse, DATA, ZERO).astype(np.uint8)
@@ -190,8 +192,8 @@ class PlainHand:
     def _write(self, batch: Batch) -> None:
         placed = batch.placed
         assert placed is not None  # noqa: S101 - for the type checker
-        data = placed[placed["kind"] == DATA]
-        wanted = int(batch.runs["length"][batch.runs["kind"] == DATA].sum())
+        data = _data_of(placed)
+        wanted = int(_data_of(batch.runs)["length"].sum())
         if int(data["length"].sum()) != wanted:
             raise IntegrityError(
                 "the writer placed other data than it was given",
@@ -210,8 +212,9 @@ class PlainHand:
         self.moved.skipped += batch.window.stop - batch.window.start - wanted
 
     def _cloned(self, window: Window) -> int:
-        modes = window.segments["mode"]
-        return int(window.segments["length"][modes == CLONE].sum()) if (modes == CLONE).any() else 0
+        if not window.clones:
+            return 0
+        return int(window.segments["length"][window.segments["mode"] == CLONE].sum())
 
     def _move(self, batch: Batch, data: NDArray[np.void]) -> None:
         if not len(data):
@@ -220,7 +223,7 @@ class PlainHand:
             self._move_again(batch, data)
         elif len(batch.pieces):
             self._put(data, batch.pieces)
-        if (batch.window.segments["mode"] == CLONE).any():
+        if batch.window.clones:
             self._clone(batch, data)
 
     def _put(self, data: NDArray[np.void], pieces: NDArray[np.void]) -> None:
@@ -279,6 +282,18 @@ class PlainHand:
             self._reader.read_plain(file, offset + done, buffer[:count])
             self._writer.members[number].write(to + done, buffer[:count])
             done += count
+
+
+def _data_of(rows: NDArray[np.void]) -> NDArray[np.void]:
+    """Return the DATA rows; the rows themselves where all are."""
+    data = rows["kind"] == DATA
+    return rows if data.all() else rows[data]
+
+
+def _data_runs(pieces: NDArray[np.void]) -> NDArray[np.void]:
+    runs = np.zeros(len(pieces), RUN)
+    runs["start"], runs["length"] = pieces["start"], pieces["length"]
+    return runs  # kind and codec 0: DATA, PLAIN
 
 
 def _cut(pieces: NDArray[np.void], step: int) -> NDArray[np.void]:

@@ -7,6 +7,7 @@ cloned without reading, what must be read. Windows end on the target's units, so
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -37,7 +38,7 @@ _SPAN_UNITS = 1 << 17
 
 @dataclass(slots=True)
 class Window:
-    """Disk range start..stop: `segments` cover it; `rows` (and `base_rows`) are the extents, where any are needed."""
+    """Disk range start..stop, which `segments` cover; `rows` and `base_rows` are the extents that meet it, whole."""
 
     start: int
     stop: int
@@ -46,6 +47,8 @@ class Window:
     base_rows: NDArray[np.void] | None
     read: int
     """Bytes to be read."""
+    clones: bool
+    """Whether any segment is CLONE."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,38 +162,55 @@ def _segments(
     return out
 
 
-def clip_segments(segments: NDArray[np.void], start: int, stop: int) -> NDArray[np.void]:
-    """Return the part of sorted segments within start..stop, as a copy."""
-    first = int(np.searchsorted(segments["start"], np.uint64(start), side="right")) - 1
-    last = int(np.searchsorted(segments["start"], np.uint64(stop), side="left"))
-    out = segments[first:last].copy()
-    begin, end = int(out["start"][0]), int(out["start"][-1]) + int(out["length"][-1])
-    if begin < start:
-        out["start"][0] = start
-        out["length"][0] -= np.uint64(start - begin)
-    if end > stop:
-        out["length"][-1] -= np.uint64(end - stop)
-    return out
-
-
 def _split(
     segments: NDArray[np.void], rows: NDArray[np.void], below: NDArray[np.void] | None, grid: Grid
 ) -> Iterator[Window]:
-    none = rows[:0]
     start = int(segments["start"][0])
+    cursor, under = _Cursor(rows), _Cursor(below) if below is not None else None
+    parts = _Cursor(segments)
     for stop in _bounds(segments, grid):
-        part = clip_segments(segments, start, stop)
-        read = int(part["length"][part["mode"] == READ].sum())
-        needed = read or (part["mode"] == CLONE).any()
+        part = parts.within(start, stop).copy()
+        _trim(part, start, stop)
+        modes, lengths = part["mode"], part["length"]
+        reads = modes == READ
+        read = int(lengths.sum() if reads.all() else lengths[reads].sum())
         yield Window(
             start,
             stop,
             part,
-            clip(rows, start, stop) if needed else none,
-            clip(below, start, stop) if read and below is not None else None,
+            cursor.within(start, stop),
+            under.within(start, stop) if under is not None else None,
             read,
+            bool((modes == CLONE).any()),
         )
         start = stop
+
+
+class _Cursor:
+    """Walks along sorted, gapless rows: which of them meet one ascending range after another."""
+
+    def __init__(self, rows: NDArray[np.void]) -> None:
+        self._rows = rows
+        self._stops = (rows["start"] + rows["length"]).tolist()
+        self._at = 0
+
+    def within(self, start: int, stop: int) -> NDArray[np.void]:
+        """Return the rows that meet start..stop, whole, as a view."""
+        first = bisect_right(self._stops, start, self._at)
+        last = first if self._stops[first] >= stop else bisect_left(self._stops, stop, first)
+        self._at = first
+        return self._rows[first : last + 1]
+
+
+def _trim(part: NDArray[np.void], start: int, stop: int) -> None:
+    """Cut the first and the last segment to start..stop, in place."""
+    before = start - int(part["start"][0])
+    if before:
+        part["start"][0] = start
+        part["length"][0] -= np.uint64(before)
+    after = int(part["start"][-1]) + int(part["length"][-1]) - stop
+    if after:
+        part["length"][-1] -= np.uint64(after)
 
 
 def _bounds(segments: NDArray[np.void], grid: Grid) -> Iterator[int]:

@@ -1,0 +1,299 @@
+#!/usr/bin/env python3
+"""Each conversion beside `qemu-img convert` with its best flags, in alternation: medians and ratios.
+
+    benchmarks/bench.py                      # all pairs on the file system of the temporary directory
+    benchmarks/bench.py -k 'raw-*' --runs 5  # some pairs
+    benchmarks/bench.py --peer PATH --fs ext4,tmpfs,xfs
+
+Whole processes are timed, start-up included, warm cache, synced and not. The disk holds real files of this machine
+(`--data` bytes of them in an ext4). XFS needs root (a loop mount). The peer's flags are `-W -m 16`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fnmatch
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+MIB, GIB = 1 << 20, 1 << 30
+ROOTS = ("/usr/lib/python3", "/usr/share", "/usr/lib/x86_64-linux-gnu", "/usr/lib", "/usr")
+BIN = Path(sys.executable).parent / "diskmorph"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One conversion: the source's shape, our words and the peer's for the target, and the goal for the ratio."""
+
+    name: str
+    source: str
+    ours: tuple[str, ...]
+    peer: tuple[str, ...]
+    suffix: str
+    goal: dict[str, float] = field(default_factory=dict)
+
+
+def pair(name: str, source: str, target: str, ext4: float, *, ours: str = "", peer: str = "") -> Pair:
+    theirs = {"vhd": "vpc"}.get(target, target)
+    goal = {"ext4": ext4, "tmpfs": 1.0}
+    return Pair(name, source, ("-O", target, *ours.split()), ("-O", theirs, *peer.split()), target, goal)
+
+
+PAIRS = (
+    pair("raw-qcow2", "raw", "qcow2", 0.6),
+    pair("raw-vmdk", "raw", "vmdk", 0.22),
+    pair("raw-vdi", "raw", "vdi", 0.65),
+    pair("raw-vhd", "raw", "vhd", 0.8, peer="-o force_size=on"),
+    pair("raw-vhdx", "raw", "vhdx", 0.8),
+    pair("qcow2-raw", "qcow2", "raw", 0.5),
+    pair("vmdk-raw", "vmdk", "raw", 0.5),
+    pair("raw-raw", "raw", "raw", 1.0),
+    pair("raw-qcow2-deflate", "raw", "qcow2", 0.13, ours="--compress deflate", peer="-c"),
+    pair("raw-qcow2-zstd", "raw", "qcow2", 0.65, ours="--compress zstd", peer="-c -o compression_type=zstd"),
+    pair(
+        "raw-stream",
+        "raw",
+        "vmdk",
+        0.1,
+        ours="-o subformat=streamOptimized",
+        peer="-o subformat=streamOptimized",
+    ),
+    pair("deflate-raw", "deflate", "raw", 0.37),
+    pair("zstd-raw", "zstd", "raw", 0.6),
+    pair("stream-raw", "stream", "raw", 0.6),
+    pair("shuffled-raw", "shuffled", "raw", 0.7),
+    pair("fragmented-qcow2", "fragmented", "qcow2", 0.7),
+)
+
+
+def make_disk(path: Path, data: int) -> None:
+    """Make a raw disk of about four times `data` bytes, holding an ext4 with `data` bytes of this machine's files."""
+    tree = path.with_suffix(".tree")
+    shutil.rmtree(tree, ignore_errors=True)
+    total = 0
+    seen: set[int] = set()
+    for file in (Path(folder, name) for root in ROOTS for folder, _, names in os.walk(root) for name in sorted(names)):
+        status = file.lstat()
+        if file.is_symlink() or not file.is_file() or status.st_size > 64 * MIB or status.st_ino in seen:
+            continue
+        seen.add(status.st_ino)
+        to = tree / str(file).lstrip("/")
+        to.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, to)
+        total += status.st_size
+        if total >= data:
+            break
+    with path.open("wb") as disk:
+        disk.truncate(4 * data)
+    subprocess.run(["mke2fs", "-q", "-t", "ext4", "-d", tree, path], check=True)
+    shutil.rmtree(tree)
+
+
+def shuffled(source: Path, target: Path, size: int) -> None:
+    """Write a qcow2 whose 64 KiB clusters lie in random order."""
+    import random
+
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", target, str(size)], check=True)
+    chunk = 64 * 1024
+    order = [i for i in range(size // chunk)]
+    random.Random(1).shuffle(order)
+    wanted = set(order[: 256 * MIB // chunk])
+    commands = [f"write -s {source} {i * chunk} {chunk}" for i in order if i in wanted]
+    batch = target.with_suffix(".chunk")
+    with source.open("rb") as raw:
+        batch.write_bytes(raw.read(chunk))
+    lines = "\n".join(f"write -q -P {1 + i % 250} {line.split()[-2]} {chunk}" for i, line in enumerate(commands))
+    subprocess.run(["qemu-io", "-f", "qcow2", target], input=lines.encode(), check=True, stdout=subprocess.DEVNULL)
+    batch.unlink()
+
+
+def fragmented(target: Path) -> None:
+    """Write a sparse raw disk of 100,000 extents of 4 to 64 KiB."""
+    import random
+
+    rng = random.Random(2)
+    block = os.urandom(64 * 1024)
+    with target.open("wb") as disk:
+        at = 0
+        for _ in range(100_000):
+            length = rng.choice((4, 4, 8, 16, 32, 64)) * 1024
+            at += rng.choice((4, 8, 64)) * 1024
+            os.pwrite(disk.fileno(), block[:length], at)
+            at += length
+        disk.truncate(at + 4096)
+
+
+class Sources:
+    """The images that pairs start from, made when first asked for."""
+
+    def __init__(self, folder: Path, data: int, peer: str) -> None:
+        self.folder, self.data, self.peer = folder, data, peer
+
+    def get(self, name: str) -> tuple[Path, str]:
+        """Return path and the peer's format word of a source."""
+        word = {"qcow2": "qcow2", "vmdk": "vmdk", "deflate": "qcow2", "zstd": "qcow2", "stream": "vmdk"}.get(name, "raw")
+        word = "qcow2" if name == "shuffled" else word
+        path = self.folder / f"{name}.img"
+        if not path.exists():
+            self._make(name, path)
+        return path, word
+
+    def _make(self, name: str, path: Path) -> None:
+        if name == "raw":
+            make_disk(path, self.data)
+            return
+        if name == "fragmented":
+            fragmented(path)
+            return
+        raw, _ = self.get("raw")
+        if name == "shuffled":
+            shuffled(raw, path, min(4 * self.data, 2 * GIB))
+            return
+        words = {
+            "qcow2": ["-O", "qcow2"],
+            "vmdk": ["-O", "vmdk"],
+            "deflate": ["-c", "-O", "qcow2"],
+            "zstd": ["-c", "-O", "qcow2", "-o", "compression_type=zstd"],
+            "stream": ["-O", "vmdk", "-o", "subformat=streamOptimized"],
+        }[name]
+        subprocess.run([self.peer, "convert", "-f", "raw", *words, raw, path], check=True)
+
+
+@dataclass
+class Run:
+    """What one process took: seconds, seconds with the write-back, peak resident bytes, bytes of output."""
+
+    seconds: float
+    synced: float
+    peak: int
+    size: int
+
+
+def timed(argv: list[str], target: Path, *, sync_after: bool) -> Run:
+    """Run a command; `sync_after` adds an fsync of the target, as its own measure."""
+    for left in target.parent.glob(target.stem + "*"):
+        left.unlink()
+    os.sync()
+    begun = time.monotonic()
+    child = subprocess.Popen(argv, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(child.pid, 0)
+    seconds = time.monotonic() - begun
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        raise SystemExit(f"{' '.join(argv)}: exit {child.returncode}")
+    if sync_after:
+        fd = os.open(target, os.O_RDWR)
+        os.fsync(fd)
+        os.close(fd)
+    synced = time.monotonic() - begun
+    size = sum(path.stat().st_blocks * 512 for path in target.parent.glob(target.stem + "*"))
+    return Run(seconds, synced, usage.ru_maxrss * 1024, size)
+
+
+def measure(pair: Pair, sources: Sources, out: Path, runs: int, peer: str, *, sync: bool) -> tuple[list[Run], list[Run]]:
+    """Run ours and the peer's in alternation."""
+    path, word = sources.get(pair.source)
+    target = out / f"target.{pair.suffix}"
+    ours = [str(BIN), "convert", "-q", "-f", "vhd" if word == "vpc" else word, *pair.ours]
+    ours += [*([] if sync else ["--no-sync"]), str(path), str(target)]
+    theirs = [peer, "convert", "-W", "-m", "16", "-f", word, *pair.peer, str(path), str(target)]
+    for source in (path,):
+        with source.open("rb") as file:
+            while file.read(8 * MIB):
+                pass
+    mine, others = [], []
+    for turn in range(runs):
+        for side in (0, 1) if turn % 2 == 0 else (1, 0):
+            if side == 0:
+                mine.append(timed(ours, target, sync_after=False))
+            else:
+                others.append(timed(theirs, target, sync_after=sync))
+    for left in out.glob(target.stem + "*"):
+        left.unlink()
+    return mine, others
+
+
+@contextlib.contextmanager
+def file_system(kind: str, base: Path, data: int) -> Iterator[Path]:
+    """Lend a folder on a file system of that kind."""
+    with contextlib.ExitStack() as stack:
+        room = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=base, prefix=f"bench-{kind}-")))
+        if kind in {"here", "ext4"}:
+            yield room
+            return
+        where = room / "mnt"
+        where.mkdir()
+        if kind == "tmpfs":
+            subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={8 * data}", "none", where], check=True)
+        else:
+            disk = room / "fs.img"
+            with disk.open("wb") as file:
+                file.truncate(16 * data)
+            subprocess.run(["mkfs.xfs", "-q", "-m", "reflink=1", disk], check=True)
+            subprocess.run(["mount", "-o", "loop", disk, where], check=True)
+        stack.callback(subprocess.run, ["umount", where], check=True)
+        yield where
+
+
+def report(pair: Pair, kind: str, mine: list[Run], others: list[Run], *, sync: bool) -> None:
+    ours = statistics.median(run.synced for run in mine)
+    theirs = statistics.median(run.synced for run in others)
+    ratio = statistics.median(a.synced / b.synced for a, b in zip(mine, others, strict=True))
+    goal = pair.goal.get("ext4" if kind == "here" else kind)
+    print(
+        f"| {kind} | {pair.name} | {'synced' if sync else 'cached'} | {ours:.2f} | {theirs:.2f} | {ratio:.2f} | "
+        f"{goal if goal is not None else '-'} | {max(run.peak for run in mine) // MIB} | "
+        f"{mine[0].size / MIB:.0f} | {others[0].size / MIB:.0f} |",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("-k", default="*", metavar="GLOB", help="only pairs whose name matches")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--peer", default="qemu-img", help="the qemu-img to compare with")
+    parser.add_argument("--fs", default="here", help="here, ext4, tmpfs, xfs: a list with commas")
+    parser.add_argument("--data", type=int, default=2 * GIB, help="bytes of real files on the disk")
+    parser.add_argument("--folder", default=None, help="where sources are kept between runs")
+    parser.add_argument("--sync", default="cached,synced")
+    options = parser.parse_args()
+    base = Path(options.folder or tempfile.gettempdir())
+    kept = base / f"bench-sources-{options.data}"
+    kept.mkdir(parents=True, exist_ok=True)
+    version = subprocess.run([options.peer, "--version"], check=True, capture_output=True, text=True).stdout.split("\n")[0]
+    print(f"{platform.machine()}, {os.cpu_count()} processors, Linux {platform.release()}, {version}\n")
+    print("| fs | pair | | ours s | qemu-img s | ratio | goal | MiB | stored MiB | qemu-img's |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for kind in options.fs.split(","):
+        with file_system(kind, base, options.data) as room:
+            here = kept if kind in {"here", "ext4"} else room / "sources"
+            here.mkdir(exist_ok=True)
+            if here != kept:
+                shutil.copy2(Sources(kept, options.data, options.peer).get("raw")[0], here / "raw.img")
+            sources = Sources(here, options.data, options.peer)
+            for pair in PAIRS:
+                if not fnmatch.fnmatch(pair.name, options.k):
+                    continue
+                for mode in options.sync.split(","):
+                    mine, others = measure(
+                        pair, sources, room, options.runs, options.peer, sync=mode == "synced"
+                    )
+                    report(pair, kind, mine, others, sync=mode == "synced")
+
+
+if __name__ == "__main__":
+    main()
