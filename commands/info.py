@@ -21,6 +21,8 @@ EXAMPLES = (
     ("diskmorph info --json disk.qcow2", "for a program"),
     ("diskmorph info --chain --allow-parent . top.qcow2", "every layer of a chain of backing files"),
     ("diskmorph info -f raw disk.img", "as a plain disk, whatever it looks like"),
+    ("diskmorph info vm.ova", "a package: its machines and their disks"),
+    ("diskmorph info /boot/vmlinuz", "a Linux kernel; likewise an initial ramdisk, a bundle's manifest"),
 )
 
 
@@ -34,8 +36,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, out: Output) -> int:
     """See diskmorph.commands."""
+    from diskmorph.convert.describe import describe
     from diskmorph.convert.inspect import inspect
 
+    package = describe(args.image, format=args.format, parents=parents_of(args))
+    if package is not None:
+        from diskmorph.commands.info_package import package_lines
+
+        for warning in package["warnings"]:
+            out.note(f"{args.image}: {warning}")
+        out.result(package, package_lines(package, verbose=out.verbose > 0))
+        return 0
     report = inspect(args.image, format=args.format, parents=parents_of(args), chain=args.chain).as_dict()
     for warning in report["warnings"]:
         out.note(f"{args.image}: {warning}")
