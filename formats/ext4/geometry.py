@@ -83,8 +83,7 @@ class Geometry:
     def blocks_of(self, positions: NDArray[Any]) -> NDArray[np.int64]:
         """Return the block numbers of positions on the data line."""
         run = np.searchsorted(self.run_positions, positions, side="right") - 1
-        found: NDArray[np.int64] = self.run_starts[run] + (positions - self.run_positions[run])
-        return found
+        return np.asarray(self.run_starts[run] + (positions - self.run_positions[run]), np.int64)
 
     def group_size(self, group: int) -> int:
         """Return how many blocks a group has: the last may be short."""
@@ -121,7 +120,7 @@ def _reserved(blocks: int, gdt: int) -> int:
 
 
 def _place(blocks: int, groups: int, per_group: int, gdt: int, reserved: int, heads: set[int]) -> Geometry:
-    block_bitmaps = np.zeros(groups, np.int64)
+    block_bitmaps: NDArray[np.int64] = np.zeros(groups, np.int64)
     inode_bitmaps, tables = block_bitmaps.copy(), block_bitmaps.copy()
     foreign = np.zeros(groups, np.bool_)
     starts: list[int] = []

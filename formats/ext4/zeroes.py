@@ -92,7 +92,7 @@ def _data_runs(
     out["start"] += skip
     out["offset"] += skip
     out["length"] = end - skip
-    return out
+    return np.asarray(out)
 
 
 def _scan_long(chosen: NDArray[np.void], source: ByteSource, block: int) -> list[NDArray[np.void]]:
@@ -124,4 +124,4 @@ def _filled_sectors(source: ByteSource, base: int, length: int) -> NDArray[np.bo
     whole = -(-length // _SECTOR) * _SECTOR
     buffer = np.zeros(whole, np.uint8)
     source.read_into(base, buffer.data[:length])
-    return np.any(buffer.view(np.uint64).reshape(-1, _SECTOR // 8), axis=1)
+    return np.asarray(np.any(buffer.view(np.uint64).reshape(-1, _SECTOR // 8), axis=1))

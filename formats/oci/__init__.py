@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from diskmorph.formats.oci.archive import archive_format
+from diskmorph.formats.oci.image import Image, Layer, open_image
 
-__all__ = ["archive_format"]
+__all__ = ["Image", "Layer", "archive_format", "open_image"]
