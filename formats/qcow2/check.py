@@ -16,7 +16,7 @@ from diskmorph.formats.qcow2 import schema as s
 from diskmorph.formats.qcow2.flags import Singles, active_tables, wrong_flags
 from diskmorph.formats.qcow2.header import read_header
 from diskmorph.formats.qcow2.refcounts import stored_refcounts
-from diskmorph.formats.qcow2.references import WINDOW, Counter, counted, data_references, metadata_counted
+from diskmorph.formats.qcow2.references import Counter, counted, data_references, metadata_counted
 from diskmorph.formats.qcow2.repair import plan_repair
 from diskmorph.formats.qcow2.survey import Survey, Surveyor, note
 
@@ -43,7 +43,7 @@ def check_image(source: ByteSource, context: OpenContext, repair: str | None = N
     _check_bits(header, report)
     survey = Surveyor(source, header, context.limits, report).survey()
     windows, first = _first_pass(survey, report)
-    singles = Singles(windows, survey.clusters)
+    singles = Singles(windows, survey)
     for base in windows:
         counter, first = (counted(survey, base) if first is None else first), None
         _check_window(survey, counter, singles, report)
@@ -69,21 +69,23 @@ def _check_bits(header: Header, report: CheckReport) -> None:
 def _first_pass(survey: Survey, report: CheckReport) -> tuple[list[int], Counter | None]:
     """Judge every L2 entry; return the windows in which anything is used, and the first one, counted."""
     counter = metadata_counted(survey, 0)
-    bases = [np.zeros(1, np.int64), survey.fixed // WINDOW, survey.refcounts // WINDOW]
-    bases.append((survey.tables >> _U(survey.header.cluster_bits)).astype(np.int64) // WINDOW)
-    block = np.flatnonzero(survey.blocks) * survey.header.block_entries
-    bases += [block // WINDOW, (block + survey.header.block_entries - 1) // WINDOW]
-    seen = {int(base) for part in bases for base in np.unique(part)}
+    window = survey.window
+    tables = (survey.tables >> _U(survey.header.cluster_bits)).astype(np.int64)
+    blocks = np.flatnonzero(survey.blocks) * survey.header.block_entries
+    ends = blocks + survey.header.block_entries - 1
+    seen = {0}
+    for part in (survey.fixed, survey.refcounts, tables, blocks, ends):
+        seen |= set(np.unique(part // window).tolist())
     for clusters, weights in data_references(survey, report):
         counter.add(clusters, weights)
-        if survey.clusters > WINDOW and len(clusters):
-            seen |= set(np.unique(clusters // WINDOW).tolist())
+        if survey.clusters > window and len(clusters):
+            seen |= set(np.unique(clusters // window).tolist())
         if len(seen) > _WINDOWS:
             break
-    windows = sorted(base * WINDOW for base in seen if base * WINDOW < survey.clusters)
+    windows = sorted(number * window for number in seen if number * window < survey.clusters)
     if len(windows) > _WINDOWS:
         raise UnsupportedError(
-            f"is too large to check: its clusters lie in {len(windows)} windows of {WINDOW}",
+            f"is too large to check: its clusters lie in more than {_WINDOWS} windows of {window}",
             feature="checks of such files",
             file=survey.source.name,
             format="qcow2",
@@ -94,6 +96,9 @@ def _first_pass(survey: Survey, report: CheckReport) -> tuple[list[int], Counter
 def _check_window(survey: Survey, counter: Counter, singles: Singles, report: CheckReport) -> None:
     overlaps = _overlaps(survey, counter)
     header = survey.header
+    if counter.overflown:
+        report.add("refcount", None, "a cluster has more references than a refcount can hold")
+        survey.structural += 1
     for low, stored in stored_refcounts(survey.source, header, survey.blocks, counter.base, len(counter.counts)):
         counts = counter.counts[low : low + len(stored)].astype(_U)
         singles.put(counter.base + low, stored == 1)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from diskmorph.formats.qcow2 import schema as s
-from diskmorph.formats.qcow2.references import WINDOW
 from diskmorph.formats.qcow2.survey import chunks_of
 from diskmorph.formats.qcow2.tables import L2Reader
 
@@ -22,10 +21,10 @@ _U = np.uint64
 
 
 class Singles:
-    """Whether a cluster's refcount is 1, one bit a cluster, for the windows of WINDOW clusters at `windows`."""
+    """Whether a cluster's refcount is 1, one bit a cluster, for the survey's windows that begin at `windows`."""
 
-    def __init__(self, windows: list[int], clusters: int) -> None:
-        sizes = [-(-min(WINDOW, clusters - base) // 8) for base in windows]
+    def __init__(self, windows: list[int], survey: Survey) -> None:
+        sizes = [-(-min(survey.window, survey.clusters - base) // 8) for base in windows]
         self._bases = np.array(windows, np.int64)
         self._sizes = np.array(sizes, np.int64) * 8
         self._starts = np.cumsum(self._sizes) - self._sizes
@@ -40,6 +39,10 @@ class Singles:
 
     def of(self, clusters: NDArray[np.int64]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
         """Return for each cluster whether it lies in a window, and whether its refcount is 1."""
+        if len(self._bases) == 1:
+            known = clusters < self._sizes[0]
+            at = clusters if known.all() else np.where(known, clusters, 0)
+            return known, known & ((self._bits[at >> 3] >> (at & 7).astype(np.uint8) & np.uint8(1)) != 0)
         slot = np.maximum(np.searchsorted(self._bases, clusters, side="right") - 1, 0)
         within = clusters - self._bases[slot]
         known = (within >= 0) & (within < self._sizes[slot])

@@ -38,7 +38,7 @@ def plan_repair(survey: Survey, windows: list[int], repair: str, report: CheckRe
         report.patches += _header_patches(survey, 0 if report.patches else None, None)
         return
     layout = None
-    singles = Singles(windows, survey.clusters)
+    singles = Singles(windows, survey)
     if survey.rebuild:
         layout = RefcountLayout.after(_first_new(survey) * survey.header.cluster, survey.header)
         if layout.table_clusters * survey.header.cluster > s.REFCOUNT_TABLE_MOST:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from diskmorph.formats.errors import FormatError
 from diskmorph.formats.qcow2 import schema as s
 from diskmorph.formats.qcow2.extensions import read_bitmaps, read_snapshots
 from diskmorph.formats.qcow2.refcounts import read_table
-from diskmorph.formats.qcow2.tables import CHUNK, L2Reader, read_l1
+from diskmorph.formats.qcow2.tables import CHUNK, read_l1
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _U = np.uint64
 _SHOWN = 50
 _COMPACT = 1 << 22
+_WINDOW_BYTES = 80 << 20
 _NONE: NDArray[np.int64] = np.zeros(0, np.int64)
 
 
@@ -70,9 +71,17 @@ class Survey:
     structural: int = 0
     rebuild: bool = False
     clusters: int = field(init=False)
+    window: int = field(init=False)
+    """Clusters whose references are counted at once."""
 
     def __post_init__(self) -> None:
         self.clusters = -(-self.source.size // self.header.cluster)
+        self.window = _WINDOW_BYTES // self.counter.itemsize
+
+    @property
+    def counter(self) -> np.dtype[np.unsignedinteger[Any]]:
+        """The type that counts references: as wide as a refcount, but 2 to 4 bytes."""
+        return np.dtype(np.uint16 if self.header.refcount_bits <= 16 else np.uint32)
 
 
 class Surveyor:
@@ -248,13 +257,3 @@ def chunks_of(tables: NDArray[np.uint64], cluster: int) -> Iterator[tuple[int, i
     step = max(CHUNK // cluster, 1)
     for low in range(0, len(tables), step):
         yield low, min(low + step, len(tables))
-
-
-def entry_words(survey: Survey, reader: L2Reader, offsets: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], ...]:
-    """Return L2 entries, their bitmaps (empty where not extended) and their offsets in the file, of several tables."""
-    words = reader.many(offsets)
-    width = 2 if survey.header.extended else 1
-    where: NDArray[np.uint64] = offsets[:, None] + np.arange(0, survey.header.cluster, 8 * width).astype(_U)
-    flat = words.reshape(-1, width)
-    bitmaps = flat[:, 1] if width == 2 else np.zeros(0, _U)
-    return flat[:, 0], bitmaps, where.reshape(-1)
