@@ -205,9 +205,10 @@ def require_within(
     part = rows[data]
     ends = np.asarray(sizes, np.uint64)[part["file"]]
     plain = part["codec"] == PLAIN
-    reach = part["offset"] + np.where(plain, part["length"], np.uint64(1))
-    reach -= np.minimum(np.where(plain, np.uint64(max(allow_partial_unit - 1, 0)), np.uint64(0)), reach)
-    bad = np.flatnonzero(reach > ends)
+    need = np.where(plain, part["length"], np.uint64(1))
+    need -= np.where(plain, np.minimum(np.uint64(max(allow_partial_unit - 1, 0)), need), np.uint64(0))
+    room = ends - np.minimum(part["offset"], ends)  # offset + length may pass 64 bits
+    bad = np.flatnonzero((need > room) | (part["offset"] > ends))
     if not len(bad):
         return
     worst = part[bad[0]]
