@@ -31,6 +31,7 @@ VERBS: tuple[Verb, ...] = (
     Verb("resize", _HERE + "resize", "give an image another virtual size"),
     Verb("snapshot", _HERE + "snapshot", "list internal snapshots, or extract one"),
     Verb("serve", _HERE + "serve", "serve a disk, read-only, over NBD"),
+    Verb("build", _HERE + "build", "build a bootable disk from a tree or a container image"),
     Verb("formats", _HERE + "formats", "list the formats, subformats and options"),
     Verb("completion", _HERE + "completion", "print a completion script for bash, zsh or fish"),
 )

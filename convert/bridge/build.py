@@ -1,0 +1,150 @@
+"""`build`: a tree becomes a disk, straight through the pipeline; nothing is unpacked, no image is written on the way."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from diskmorph.convert.bridge.facts import architecture, seed_of
+from diskmorph.convert.bridge.options import BuildOptions
+from diskmorph.convert.bridge.parts import MIB, ROOT_TYPES, Part, compose, room_for_last, size_of
+from diskmorph.convert.job import convert
+from diskmorph.convert.targets import applied, padded
+from diskmorph.formats.allocator import Identity
+from diskmorph.formats.errors import OptionError, TargetError
+from diskmorph.formats.ext4 import Ext4Options, Ext4Writer
+from diskmorph.formats.tree import Tree
+from diskmorph.formats.trees import open_tree
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from diskmorph.convert.options import ConvertReport, Progress
+    from diskmorph.formats.disk import Disk
+
+_LEAST_ROOT = 8 * MIB
+
+
+@dataclass(frozen=True)
+class Boot:
+    """What booting adds to a disk: partitions before the root, code in the MBR, things to say to the user.
+
+    What it adds to the tree is in the tree already.
+    """
+
+    parts: tuple[Part, ...] = ()
+    mbr_code: bytes = b""
+    notes: tuple[str, ...] = field(default_factory=tuple)
+
+
+def build(
+    source: str | os.PathLike[str] | Tree,
+    target: str | os.PathLike[str],
+    *,
+    options: BuildOptions | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> ConvertReport:
+    """Build a disk from a tree: a directory, an archive, a container image, or an open Tree; return what was done.
+
+    The disk has a GPT; its last partition is the root. The target appears complete or not at all. Raises
+    DiskmorphError: OptionError, TargetError (too small, exists), FormatError, UnsupportedError, SourceError.
+    """
+    options = options or BuildOptions()
+    begun = time.monotonic()
+    if options.fs != "ext4":
+        raise OptionError(f"--fs {options.fs} is not written", hint="ext4 is")
+    if options.layers:
+        from diskmorph.convert.bridge.layers import build_layers  # noqa: PLC0415 - seldom asked for
+
+        return build_layers(source, target, options, on_progress)
+    tree = source if isinstance(source, Tree) else _open(source, options)
+    try:
+        disk, notes, lost = built(tree, options)
+        report = convert(disk, target, options=replace(options.convert, source_format=None), on_progress=on_progress)
+    finally:
+        if tree is not source:
+            tree.close()
+    return replace(
+        report,
+        source=tree.name,
+        seconds=time.monotonic() - begun,
+        lost=(*report.lost, *lost),
+        notes=(*report.notes, *notes),
+    )
+
+
+def _open(source: str | os.PathLike[str], options: BuildOptions) -> Tree:
+    return open_tree(
+        source, format=options.convert.source_format, platform=options.platform, limits=options.convert.limits
+    )
+
+
+def built(tree: Tree, options: BuildOptions) -> tuple[Disk, tuple[str, ...], tuple[str, ...]]:
+    """Return the disk of a tree, what a user should know, and what the disk cannot hold.
+
+    The disk reads from the tree's sources: keep the tree open.
+    """
+    identity = Identity(seed_of(tree)) if options.convert.reproducible else Chance()
+    boot = prepare(tree, options, identity)
+    writer = Ext4Writer(Ext4Options(label=options.label.encode(), identity=identity))
+    writer.take(tree)
+    root_type = ROOT_TYPES.get(architecture(tree), ROOT_TYPES["amd64"])
+    disk = assemble(writer, boot, root_type, options, identity)
+    lost = (*tree.lost, *_counted(writer.lost))
+    return disk, boot.notes, lost
+
+
+def prepare(tree: Tree, options: BuildOptions, identity: Identity) -> Boot:
+    """Put into the tree what booting needs and return the rest; nothing for `--boot none`."""
+    if not options.boot and options.triple is None:
+        return Boot()
+    from diskmorph.convert.bridge.boot import prepare_boot  # noqa: PLC0415 - a plain disk needs none of it
+
+    return prepare_boot(tree, options, identity)
+
+
+def assemble(writer: Ext4Writer, boot: Boot, root_type: str, options: BuildOptions, identity: Identity) -> Disk:
+    """Return the whole disk in the size asked for. Raises TargetError where that is too small."""
+    _, profile = applied(options.convert)
+    if options.size.total is None:
+        root = Part("root", root_type, writer.disk(None, slack=options.size.slack))
+        return compose([*boot.parts, root], padded(size_of([*boot.parts, root]), profile), identity, boot.mbr_code)
+    total = padded(options.size.total, profile)
+    room = room_for_last(total, boot.parts)
+    try:
+        if room < _LEAST_ROOT:
+            raise TargetError("no room for a root file system")
+        root = Part("root", root_type, writer.disk(room))
+    except TargetError as error:
+        raise TargetError(
+            f"a disk of {options.size.total} bytes is too small for the tree: {error.problem}",
+            expected=error.expected,
+            hint="ask for more with --size, or for the least with --size min",
+        ) from error
+    return compose([*boot.parts, root], total, identity, boot.mbr_code)
+
+
+class Chance(Identity):
+    """Identifiers by chance, but the same for the same label within one build; the time is now."""
+
+    def __init__(self) -> None:
+        super().__init__(os.urandom(32))
+
+    @property
+    def reproducible(self) -> bool:
+        """See Identity."""
+        return False
+
+    def time(self) -> float:
+        """See Identity."""
+        return self._now
+
+
+def _counted(lost: list[str]) -> list[str]:
+    """Return losses, each said once with how often it came."""
+    found: dict[str, int] = {}
+    for what in lost:
+        found[what] = found.get(what, 0) + 1
+    return [what if count == 1 else f"{what} ({count} times)" for what, count in found.items()]

@@ -1,0 +1,6 @@
+"""`commit`."""
+
+from __future__ import annotations
+
+
+def commit(): ...

@@ -1,0 +1,6 @@
+"""`extract`."""
+
+from __future__ import annotations
+
+
+def extract(): ...
