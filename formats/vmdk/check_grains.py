@@ -137,10 +137,12 @@ class GrainCheck:
                 self._odd.append(offsets[odd])
         starts, offsets = starts[~odd], offsets[~odd]
         index = (offsets - np.uint64(self._residue)) // grain
-        _, first = np.unique(index, return_index=True)
-        again = np.ones(len(index), np.bool_)
-        again[first] = False
-        again |= self._seen[index] != 0
+        again = self._seen[index] != 0
+        if (index[1:] <= index[:-1]).any():  # not ascending: there may be some twice in this batch
+            _, first = np.unique(index, return_index=True)
+            within = np.ones(len(index), np.bool_)
+            within[first] = False
+            again |= within
         self._seen[index] = 1
         self._tell(starts[again], offsets[again], "lies where another grain lies")
         if again.any():

@@ -19,7 +19,7 @@ MAGIC = "# disk descriptorfile"
 _EXTENT = re.compile(
     r'(RW|RDONLY|NOACCESS)\s+(\d+)\s+([A-Z0-9]+)(?:\s+"(.*)"(?:\s+(\d+))?(?:\s.*)?)?\s*\Z', re.IGNORECASE
 )
-_ACCESS = re.compile(r"(RW|RDONLY|NOACCESS)\s", re.IGNORECASE)
+_ACCESS = re.compile(r"(RW|RDONLY|NOACCESS)(?:\s|\Z)", re.IGNORECASE)
 _PAIR = re.compile(r"([A-Za-z_][\w.:-]*)\s*=\s*(.*)\Z")
 _ENCODING = re.compile(rb'^[ \t]*encoding[ \t]*=[ \t]*"?([^"\r\n]*)"?', re.IGNORECASE | re.MULTILINE)
 _CID = re.compile(r"[0-9a-fA-F]{1,8}\Z")

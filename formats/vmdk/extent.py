@@ -130,16 +130,16 @@ class GrainTables(Extent):
                 at = used
                 continue
             upto = min(at + self._step, last)
-            yield clip(self.chunk(at, upto), start, stop)
+            part = clip(self.chunk(at, upto), start, stop)
+            require_within(part, [self.source.size], file=self.source.name, format="vmdk", structure="grain")
+            yield part
             at = upto
 
     def chunk(self, first: int, last: int) -> NDArray[np.void]:
-        """Return the rows of tables first..last, checked against the file's size."""
+        """Return the rows of tables first..last."""
         unit = first * self.entries
         kinds, offsets = self.resolve(unit, self.load(first, last))
-        rows = clip(self.compact(unit, kinds, offsets), 0, self.size)
-        require_within(rows, [self.source.size], file=self.source.name, format="vmdk", structure="grain")
-        return rows
+        return self.compact(unit, kinds, offsets)
 
     def compact(self, first: int, kinds: NDArray[np.uint8], offsets: NDArray[np.uint64]) -> NDArray[np.void]:
         """Return rows of grains from number `first`, neighbours merged that continue each other."""
