@@ -11,7 +11,7 @@ import numpy as np
 
 from diskmorph.formats.disk import ImageDisk, ImageInfo, ParentRef
 from diskmorph.formats.errors import FormatError, UnsupportedError
-from diskmorph.formats.extents import ABSENT, DATA, EXTENT, HOLE, ZERO, clip, from_units, require_within
+from diskmorph.formats.extents import ABSENT, DATA, EXTENT, HOLE, ZERO, clip, require_within
 from diskmorph.formats.vhdx.headers import (
     current_header,
     has_log,
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from diskmorph.formats.vhdx.headers import Copy, Region
     from diskmorph.formats.vhdx.metadata import Metadata
 
-_BATCH_BLOCKS = 1 << 15
+_BATCH_BLOCKS = 1 << 16
 _BATCH_BITS = 1 << 18
 """Sectors of partially present blocks that are told apart at once: each may become an extent of its own."""
 RESERVED_STATE, _PARTIAL = 255, 254
@@ -178,13 +178,26 @@ class VhdxDisk(ImageDisk):
         bounds = [0, *partial[at_once::at_once].tolist(), len(states)]
         marked = np.where(states == PARTIALLY_PRESENT, _PARTIAL, kinds)
         for low, high in pairwise(bounds):
-            rows = from_units(first + low, self._meta.block_size, marked[low:high], offsets[low:high], self.size)
+            rows = self._whole_rows(first + low, marked[low:high], offsets[low:high])
             inner = partial[(partial >= low) & (partial < high)]
             if len(inner):
                 fine = self._partial_rows(first + inner, offsets[inner])
                 rows = np.concatenate((rows[rows["kind"] != _PARTIAL], fine))
                 rows = rows[np.argsort(rows["start"], kind="stable")]
             yield rows
+
+    def _whole_rows(self, first: int, kinds: NDArray[Any], offsets: NDArray[Any]) -> NDArray[np.void]:
+        """Return the extents of blocks of one kind each, merged before they become rows: most BATs are long runs."""
+        block = np.uint64(self._meta.block_size)
+        heads = np.ones(len(kinds), bool)
+        heads[1:] = (kinds[1:] != kinds[:-1]) | ((kinds[1:] == DATA) & (offsets[1:] - offsets[:-1] != block))
+        index = np.flatnonzero(heads)
+        rows = np.zeros(len(index), EXTENT)
+        rows["start"] = (first + index).astype(np.uint64) * block
+        rows["length"] = np.diff(index, append=len(kinds)).astype(np.uint64) * block
+        rows["kind"] = kinds[index]
+        rows["offset"] = np.where(rows["kind"] == DATA, offsets[index], np.uint64(0))
+        return rows
 
     def _partial_rows(self, blocks: NDArray[Any], offsets: NDArray[Any]) -> NDArray[np.void]:
         """Return the extents of partially present blocks: DATA where the sector's bit is 1, else ABSENT (2.4)."""

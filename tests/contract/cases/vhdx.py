@@ -150,7 +150,7 @@ DISKS = [
 ALLOCATORS = [
     AllocatorCase("dynamic", "vhdx", peer="vhdx"),
     AllocatorCase("dynamic 1M", "vhdx", {"block_size": "1M", "physical_sector_size": "512"}, peer="vhdx"),
-    AllocatorCase("dynamic 256M", "vhdx", {"block_size": "256M", "log_size": "3M"}, peer="vhdx"),
+    AllocatorCase("dynamic 64M", "vhdx", {"block_size": "64M", "log_size": "3M"}, peer="vhdx"),
     AllocatorCase("dynamic 4096", "vhdx", {"logical_sector_size": "4096"}),
     AllocatorCase("fixed", "vhdx", {"subformat": "fixed"}, peer="vhdx"),
     AllocatorCase("fixed 8M", "vhdx", {"subformat": "fixed", "block_size": "8M"}, peer="vhdx"),
