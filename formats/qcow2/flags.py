@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from diskmorph.formats.qcow2 import schema as s
+from diskmorph.formats.qcow2.refcounts import refcounts_at
 from diskmorph.formats.qcow2.survey import chunks_of
 from diskmorph.formats.qcow2.tables import L2Reader
 
@@ -69,6 +70,10 @@ def wrong_flags(survey: Survey, entries: NDArray[np.uint64], singles: Singles, *
     if data_file:
         unflagged: NDArray[np.bool_] = plain & ~copied
         return unflagged
-    known, single = singles.of((places >> _U(survey.header.cluster_bits)).astype(np.int64))
-    wrong: NDArray[np.bool_] = plain & known & (single != copied)
+    clusters = (places >> _U(survey.header.cluster_bits)).astype(np.int64)
+    known, single = singles.of(clusters)
+    beyond = plain & ~known
+    if beyond.any():
+        single[beyond] = refcounts_at(survey.source, survey.header, survey.blocks, clusters[beyond]) == 1
+    wrong: NDArray[np.bool_] = plain & (single != copied)
     return wrong

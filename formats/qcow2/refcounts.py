@@ -84,3 +84,25 @@ def _part(source: ByteSource, header: Header, offset: int, first: int, count: in
     start = (first - before) * bits // 8
     stop = -(-(first + count) * bits // 8)
     return unpack(source.read(offset + start, stop - start), bits)[before : before + count]
+
+
+def refcounts_at(
+    source: ByteSource, header: Header, blocks: NDArray[np.uint64], clusters: NDArray[np.int64]
+) -> NDArray[np.uint64]:
+    """Return the refcounts of single clusters, in the file or not; 0 without a block."""
+    bits = header.refcount_bits
+    out = np.zeros(len(clusters), _U)
+    number = clusters // header.block_entries
+    within = number < len(blocks)
+    for block in np.unique(number[within]).tolist():
+        if not blocks[block]:
+            continue
+        picked = np.flatnonzero(number == block)
+        place = clusters[picked] % header.block_entries
+        data = source.read(int(blocks[block]), header.cluster)
+        if bits >= 8:
+            out[picked] = np.frombuffer(data, s.refcount_dtype(bits))[place]
+        else:
+            raw = np.frombuffer(data, np.uint8)[place * bits // 8]
+            out[picked] = raw >> (place * bits % 8).astype(np.uint8) & np.uint8((1 << bits) - 1)
+    return out

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from diskmorph.formats.qcow2.survey import Survey
 
 _U = np.uint64
+_BEYOND = "a data cluster lies beyond the end of the file"
 
 
 def compressed_ranges(entries: NDArray[np.uint64], cluster_bits: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -57,8 +58,8 @@ class Entries:
         return offsets
 
 
-def judge_entries(survey: Survey, part: Entries, report: CheckReport) -> None:
-    """Report what the specification does not allow in L2 entries."""
+def judge_entries(survey: Survey, part: Entries, weights: NDArray[np.int64] | None, report: CheckReport) -> None:
+    """Report what the specification does not allow in L2 entries; `weights` as in `entry_clusters`."""
     header, entries = survey.header, part.entries
     room = survey.source.size - (survey.source.size % header.cluster or header.cluster)
     simple = part.plain and part.bitmaps is None and not header.has_data_file
@@ -70,6 +71,10 @@ def judge_entries(survey: Survey, part: Entries, report: CheckReport) -> None:
         if len(found):
             count = note(report, "L2 table", part.where(found), message)
             survey.structural += count if structural else 0
+        if weights is not None and message is _BEYOND and len(found):
+            again = int(weights[found].sum()) - len(found)  # QEMU counts these once for each L1 table
+            if again:
+                report.add("L2 table", int(part.where(found[:1])[0]), f"{_BEYOND}, in snapshots too", count=again)
 
 
 def _faults(
@@ -87,7 +92,7 @@ def _faults(
         (packed & ((entries & _U(s.COPIED)) != 0), "the copied flag is set on a compressed cluster", False),
         (~packed & ((entries & _U(s.L2_RESERVED)) != 0), "an L2 entry has reserved bits set", True),
         (~packed & (places % _U(header.cluster) != 0), "a data cluster does not begin on a cluster", True),
-        (beyond & (packed | (places != 0)), "a data cluster lies beyond the end of the file", True),
+        (beyond & (packed | (places != 0)), _BEYOND, True),
     ]
     if header.has_data_file:
         faults.append((packed, "a compressed cluster in an image with a data file", True))
@@ -154,10 +159,10 @@ def data_references(
     for low, high in chunks_of(survey.tables, survey.header.cluster):
         offsets = survey.tables[low:high]
         part = Entries(survey.header, offsets, reader.many(offsets))
-        if report is not None:
-            judge_entries(survey, part, report)
         weights = survey.weights[low:high]
         spread = None if (weights == 1).all() else np.repeat(weights, survey.header.l2_entries)
+        if report is not None:
+            judge_entries(survey, part, spread, report)
         yield entry_clusters(survey, part, spread)
 
 
