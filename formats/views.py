@@ -6,6 +6,8 @@ given by its extents, `Zero` and `Memory` what they say.
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -97,6 +99,69 @@ class _Derived(Disk):
         raise NotImplementedError
 
 
+class DiskSource(ByteSource):
+    """A disk as a source of bytes, for readers of what lies inside it. Small reads are served from windows kept."""
+
+    _WINDOW = 256 << 10
+    _KEPT = 16
+
+    def __init__(self, disk: Disk) -> None:
+        self.name = disk.name
+        self.size = disk.size
+        self._disk = disk
+        self._kept: OrderedDict[int, bytes] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @staticmethod
+    def of(disk: Disk) -> ByteSource:
+        """Return a disk's bytes: its file itself, or a window of it, where the disk is that and nothing more."""
+        if isinstance(disk, Slice):
+            below = DiskSource.of(disk.disk)
+            return below.window(disk.offset, disk.size, disk.name)
+        plain = disk.format == "raw" and len(disk.files) == 1 and disk.files[0].size == disk.size
+        return disk.files[0] if plain else DiskSource(disk)
+
+    def pread(self, offset: int, buffer: memoryview) -> int:
+        """See ByteSource."""
+        count = max(0, min(len(buffer), self.size - offset))
+        if count >= self._WINDOW:
+            self._disk.read_into(offset, buffer[:count])
+            return count
+        number, within = divmod(offset, self._WINDOW)
+        piece = self._window(number)[within : within + count]
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+    def _window(self, number: int) -> bytes:
+        with self._lock:
+            found = self._kept.get(number)
+            if found is not None:
+                self._kept.move_to_end(number)
+                return found
+        start = number * self._WINDOW
+        found = self._disk.read(start, min(self._WINDOW, self.size - start))
+        with self._lock:
+            self._kept[number] = found
+            if len(self._kept) > self._KEPT:
+                self._kept.popitem(last=False)
+        return found
+
+    def runs(self, start: int, stop: int) -> Iterator[tuple[int, int, bool]]:
+        """See ByteSource."""
+        for batch in self._disk.extents(start, stop):
+            kinds = batch["kind"].tolist()
+            for at, length, kind in zip(batch["start"].tolist(), batch["length"].tolist(), kinds, strict=True):
+                yield at, length, kind == DATA
+
+    def verify_unchanged(self) -> None:
+        """See ByteSource."""
+        self._disk.verify_unchanged()
+
+    def close(self) -> None:
+        """See ByteSource."""
+        self._disk.close()
+
+
 class Slice(_Derived):
     """`length` bytes of a disk from `offset`: a partition."""
 
@@ -107,6 +172,16 @@ class Slice(_Derived):
         self.sector_size = disk.sector_size
         self.files = disk.files
         self.format, self.name = disk.format, name or disk.name
+
+    @property
+    def disk(self) -> Disk:
+        """The disk that this is a part of."""
+        return self._disk
+
+    @property
+    def offset(self) -> int:
+        """Where on the disk it begins, in bytes."""
+        return self._offset
 
     def _extents(self, start: int, stop: int) -> Iterator[NDArray[np.void]]:
         for batch in self._disk.extents(self._offset + start, self._offset + stop):
@@ -312,4 +387,16 @@ def grown(disk: Disk, size: int) -> Disk:
     return regions
 
 
-__all__ = ["HOLE", "ZERO", "Mapped", "Memory", "Overlay", "Regions", "Slice", "SourceDisk", "Zero", "grown"]
+__all__ = [
+    "HOLE",
+    "ZERO",
+    "DiskSource",
+    "Mapped",
+    "Memory",
+    "Overlay",
+    "Regions",
+    "Slice",
+    "SourceDisk",
+    "Zero",
+    "grown",
+]
