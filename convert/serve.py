@@ -260,7 +260,7 @@ class _Session:
         except DiskmorphError:
             self._error(cookie, wire.EIO)
             return
-        payload = _CONTEXT.to_bytes(4, "big") + rows.tobytes()
+        payload = _CONTEXT.to_bytes(4, "big") + b"".join(part.tobytes() for part in rows)
         self._send(_chunk(wire.CHUNK_STATUS, cookie, len(payload)), payload)
 
     def _done(self, cookie: int) -> None:
@@ -279,15 +279,17 @@ def _chunk(kind: int, cookie: int, length: int) -> bytes:
     return bytes(wire.CHUNK.build(fields))
 
 
-def _descriptors(disk: Disk, start: int, stop: int, most: int) -> NDArray[np.void]:
+def _descriptors(disk: Disk, start: int, stop: int, most: int) -> list[NDArray[np.void]]:
     """Return block status rows from `start`, at the most `most`: holes and zeroes told apart."""
-    out = np.zeros(0, wire.STATUS)
+    found: list[NDArray[np.void]] = []
+    count = 0
     for batch in disk.extents(start, stop):  # a request's length has 32 bits, so has every row's
         rows = np.zeros(len(batch), wire.STATUS)
         rows["length"] = batch["length"]
         zero = batch["kind"] != DATA
         rows["flags"] = np.where(zero, wire.STATE_ZERO, 0) | np.where(batch["kind"] == HOLE, wire.STATE_HOLE, 0)
-        out = np.concatenate((out, rows))
-        if len(out) >= most:
+        found.append(rows[: most - count])  # never concatenated: that would take the machine's byte order
+        count += len(rows)
+        if count >= most:
             break
-    return out[:most]
+    return found

@@ -23,6 +23,7 @@ class HttpSource(BlockSource):
 
         retries = urllib3.Retry(
             total=_ATTEMPTS,
+            connect=2,  # a server that refuses to talk is told soon
             backoff_factor=0.2,
             status_forcelist=(429, 500, 502, 503, 504),
             allowed_methods=("GET", "HEAD"),

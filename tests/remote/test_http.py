@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import random
 import re
+import socket
 import threading
 
 import pytest
@@ -48,7 +49,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         fault = server.rng.choice(("reset", "break", "503")) if server.rng.random() < server.faults else ""
         if fault == "reset":
-            self.connection.close()
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
             return
         if fault == "503":
             self.send_response(503)
