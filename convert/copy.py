@@ -33,6 +33,8 @@ _RATED = 256 << 10
 _TINY = 4 << 20
 _COPYING = 2
 """Copying threads: more than two do not help where one memory bus is the limit."""
+_STRIDE = 64 << 20
+"""Where the tables of reproducible images are settled."""
 _MEMORY = 96 << 20
 """Bytes that all workers' buffers may take together."""
 
@@ -120,9 +122,9 @@ def _ways(transfer: Transfer, writer: Writer | None) -> Ways:
     encoded = allocator.codec != PLAIN
     step = allocator.unit if encoded else allocator.grain
     fine = min(transfer.zero_unit, FINE)
-    if transfer.zero_unit and (fine < 512 or fine & (fine - 1)):
+    if transfer.zero_unit and (fine < 512 or transfer.zero_unit & (transfer.zero_unit - 1)):
         raise OptionError("-S takes 0 or a power of two of at least 512")
-    if transfer.base is not None and fine:
+    if (transfer.base is not None or transfer.holes) and fine:
         fine = min(fine, step)
     capacity = _CAPACITY if not transfer.rate else _RATED
     unit = _unit(allocator)
@@ -137,6 +139,7 @@ def _ways(transfer: Transfer, writer: Writer | None) -> Ways:
         ordered=allocator.sequential and streams,
         dense=writer is not None and not writer.fresh,
         capacity=capacity,
+        stride=max(_STRIDE, unit) if transfer.holes else 0,
     )
 
 
@@ -147,7 +150,7 @@ def _unit(allocator: Allocator) -> int:
 
 def _windows(transfer: Transfer, ways: Ways, cloner: Cloner | None) -> Iterator[Window]:
     allocator = transfer.allocator
-    grid = Grid(transfer.disk.size, _unit(allocator), ways.step, ways.capacity, ways.pad)
+    grid = Grid(transfer.disk.size, _unit(allocator), ways.step, ways.capacity, ways.pad, ways.stride)
     if not transfer.disk.size:
         return iter(())
     if transfer.base is not None:

@@ -112,10 +112,18 @@ class EncodeHand:
 
     def settle(self, batch: EncodedBatch) -> None:
         """Ask for places; write at once where order matters."""
-        batch.placed = self._allocator.place(batch.runs)
-        batch.tables = tuple(self._allocator.settle(batch.window.stop))
+        batch.placed = self._place(batch.runs)
+        upto = self._ways.settled(batch.window.stop, self._reader.disk.size)
+        batch.tables = tuple(self._allocator.settle(upto))
         if self._ways.ordered:
             self._write(batch)
+
+    def _place(self, runs: NDArray[np.void]) -> NDArray[np.void]:
+        """Ask for places; for reproducible images in calls of one codec each, as writers may group by codec."""
+        if not self._ways.stride or len(runs) < 2:
+            return self._allocator.place(runs)
+        heads = np.flatnonzero(runs["codec"][1:] != runs["codec"][:-1]) + 1
+        return np.concatenate([self._allocator.place(part) for part in np.split(runs, heads)])
 
     def write(self, batch: EncodedBatch) -> None:
         """Write units and tables, count what was moved."""

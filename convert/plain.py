@@ -32,7 +32,8 @@ class Ways:
 
     `step` and `fine` in bytes: what has a kind of its own, and the unit of zero detection (0: none). `zero_unit`: zero
     runs shorter than that count as data. `zero_kind`: what zeroes found in data become. `ordered`: the members take
-    bytes in order only. `dense`: zeroes inside stored units are written too.
+    bytes in order only. `dense`: zeroes inside stored units are written too. `stride`: where not 0, tables are settled
+    on its multiples only, see `windows.Grid`.
     """
 
     step: int
@@ -42,6 +43,11 @@ class Ways:
     ordered: bool = False
     dense: bool = False
     capacity: int = 1 << 20
+    stride: int = 0
+
+    def settled(self, upto: int, size: int) -> int:
+        """Return up to where tables may be settled, when everything up to `upto` of `size` bytes is placed."""
+        return upto if not self.stride or upto == size else upto // self.stride * self.stride
 
     @property
     def pad(self) -> int:
@@ -177,7 +183,8 @@ class PlainHand:
     def settle(self, batch: Batch) -> None:
         """Ask for places; write at once where order matters."""
         batch.placed = self._allocator.place(batch.runs)
-        batch.tables = tuple(self._allocator.settle(batch.window.stop))
+        upto = self._ways.settled(batch.window.stop, self._reader.disk.size)
+        batch.tables = tuple(self._allocator.settle(upto))
         if self._ways.ordered:
             self._write(batch)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,10 +60,9 @@ def verify(
         if isinstance(member, FileMember):
             member.resize(size)
     descriptors = {Path(member.name).name: member.fileno() or 0 for member in members}
-    parents = replace(plan.options.parents, backing=None)
-    if plan.base is not None:
-        parents = replace(parents, allow=(*parents.allow, Path(os.path.realpath(plan.base.name)).parent))
-    opener = _TargetOpener(Parents(parents.allow, None, shared=True), plan.options.limits, members=descriptors)
+    backing = Path(plan.base.name) if plan.base is not None else None
+    parents = Parents(plan.options.parents.allow, backing, shared=True)
+    opener = _TargetOpener(parents, plan.options.limits, members=descriptors)
     first = _Unnamed(members[0].fileno() or 0, Path(members[0].name))
     with open_source("", format=plan.format.name, limits=plan.options.limits, opener=opener, source=first) as written:
         if written.disk.size < plan.disk.size:

@@ -64,14 +64,17 @@ class Grid:
     step: int
     capacity: int
     pad: int
+    stride: int = 0
+    """Where not 0: windows end on its multiples, but for those inside a hole, of which the last one will do.
+
+    A writer that settles its tables there, and only there, lays out the same content in the same way, whatever the
+    source's extents were.
+    """
 
     @property
     def span(self) -> int:
         """Return the bytes of the disk that one window may place, holes not counted."""
         return max(self.unit * _SPAN_UNITS, self.capacity)
-
-
-Clonable = "Callable[[NDArray[np.void]], NDArray[np.bool_]]"
 
 
 def windows(
@@ -215,32 +218,52 @@ def _trim(part: NDArray[np.void], start: int, stop: int) -> None:
 
 def _bounds(segments: NDArray[np.void], grid: Grid) -> Iterator[int]:
     """Yield where windows end: on units, as far on as a window may reach."""
-    ends, costs = _costs(segments, grid)
+    starts, ends, kinds, modes = _on_units(segments, grid)
+    ends, costs = _costs(starts, ends, kinds, modes, grid)
     total = np.cumsum(costs)
     closing = np.flatnonzero((ends % np.uint64(grid.unit) == 0) | (ends == ends[-1]))
     ends, total = ends[closing], total[closing]
+    stations = np.flatnonzero(ends % np.uint64(grid.stride) == 0) if grid.stride else closing[:0]
     at, spent = 0, 0.0
     while at < len(ends):
         following = max(at + 1, int(np.searchsorted(total, spent + 1.0, side="right")))
+        if len(stations) and (next_station := int(np.searchsorted(stations, at))) < len(stations):
+            following = min(following, int(stations[next_station]) + 1)
         spent = float(total[following - 1])
         yield int(ends[following - 1])
         at = following
 
 
-def _costs(segments: NDArray[np.void], grid: Grid) -> tuple[NDArray[np.uint64], NDArray[np.float64]]:
-    """Cut segments into pieces none of which is more than a window; return their ends and costs (1: one window)."""
-    unit = np.uint64(grid.unit)
+def _on_units(
+    segments: NDArray[np.void], grid: Grid
+) -> tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.uint8], NDArray[np.uint8]]:
+    """Return starts, ends, kinds and modes of the segments, cut next to units, and in holes at the last station."""
     start, stop = segments["start"], segments["start"] + segments["length"]
+    points = [start]
     if grid.step != grid.unit:
-        points = np.unique(np.concatenate([start, (start + unit - np.uint64(1)) // unit * unit, stop // unit * unit]))
-        points = points[(points >= start[0]) & (points < stop[-1])]
-        owner = np.searchsorted(start, points, side="right") - 1
-        start, stop = points, np.append(points[1:], stop[-1])
-        kinds, modes = segments["kind"][owner], segments["mode"][owner]
-    else:
-        kinds, modes = segments["kind"], segments["mode"]
+        unit = np.uint64(grid.unit)
+        points += [(start + unit - np.uint64(1)) // unit * unit, stop // unit * unit]
+    if grid.stride:
+        points.append(stop // np.uint64(grid.stride) * np.uint64(grid.stride))
+    if len(points) == 1:
+        return start, stop, segments["kind"], segments["mode"]
+    cuts = np.unique(np.concatenate(points))
+    cuts = cuts[(cuts >= start[0]) & (cuts < stop[-1])]
+    owner = np.searchsorted(start, cuts, side="right") - 1
+    return cuts, np.append(cuts[1:], stop[-1]), segments["kind"][owner], segments["mode"][owner]
+
+
+def _costs(
+    start: NDArray[np.uint64],
+    stop: NDArray[np.uint64],
+    kinds: NDArray[np.uint8],
+    modes: NDArray[np.uint8],
+    grid: Grid,
+) -> tuple[NDArray[np.uint64], NDArray[np.float64]]:
+    """Cut segments into pieces none of which is more than a window; return their ends and costs (1: one window)."""
     reads = modes == READ
-    period = np.where(reads, max(grid.capacity // grid.unit, 1) * grid.unit, grid.span // grid.unit * grid.unit)
+    span = min(grid.span // grid.unit * grid.unit, grid.stride or 1 << 62)
+    period = np.where(reads, max(grid.capacity // grid.unit, 1) * grid.unit, span)
     period = np.where(kinds == HOLE, np.uint64(1 << 62), period.astype(np.uint64))
     first, last = start // period, (stop + period - np.uint64(1)) // period
     counts = (last - first).astype(np.int64)
