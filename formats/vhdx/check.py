@@ -34,7 +34,6 @@ from diskmorph.formats.vhdx.schema import (
     MIB,
     NO_GUID,
     NOT_PRESENT,
-    OFFSET_MASK,
     PARTIALLY_PRESENT,
     REGION_TABLES_AT,
     RESERVED_MASK,
@@ -142,14 +141,17 @@ class _BatCheck:
 
     def _payload(self, numbers: NDArray[Any], entries: NDArray[Any]) -> None:
         states = (entries & np.uint64(STATE_MASK)).astype(np.int64)
-        offsets = (entries & np.uint64(OFFSET_MASK)).astype(np.int64)
+        starts = (entries >> np.uint64(20)).astype(np.int64)  # in MiB: as bytes they may pass 63 bits
         kinds = self._kinds[states]
         self._note(numbers[kinds == RESERVED_STATE], "the state is not valid here")
         self._note(numbers[entries & np.uint64(RESERVED_MASK) != 0], "reserved bits are set", WARNING)
-        stray = (states != NOT_PRESENT) & (states != UNDEFINED) & (kinds != DATA) & (offsets != 0)
+        free = (states == NOT_PRESENT) | (states == UNDEFINED)  # their offsets mean nothing
+        stray = ~free & (kinds != DATA) & (kinds != RESERVED_STATE) & (starts != 0)
         self._note(numbers[stray], "a block without data has an offset, which Hyper-V refuses", WARNING)
         here = kinds == DATA
-        self._blocks(numbers[here], offsets[here], self._meta.block_size)
+        blocks = numbers[here] - numbers[here] // (self._meta.chunk_ratio + 1)
+        used = np.minimum(self._meta.size - blocks * self._meta.block_size, self._meta.block_size)
+        self._places(numbers[here], starts[here], used, self._meta.block_size)
 
     def _bitmaps(self, numbers: NDArray[Any], entries: NDArray[Any]) -> None:
         states = (entries & np.uint64(STATE_MASK)).astype(np.int64)
@@ -158,8 +160,8 @@ class _BatCheck:
             return
         here = states == BITMAP_PRESENT
         self._note(numbers[~here & (states != BITMAP_NOT_PRESENT)], "the state is not valid here")
-        offsets = (entries & np.uint64(OFFSET_MASK)).astype(np.int64)
-        self._blocks(numbers[here], offsets[here], BITMAP_BLOCK)
+        starts = (entries[here] >> np.uint64(20)).astype(np.int64)
+        self._places(numbers[here], starts, np.full(len(starts), BITMAP_BLOCK), BITMAP_BLOCK)
 
     def _pairs(self, numbers: NDArray[Any], entries: NDArray[Any], period: int) -> None:
         """Report partially present blocks whose chunk has no sector bitmap."""
@@ -171,20 +173,20 @@ class _BatCheck:
         found[inside] = states[needed[inside] - numbers[0]] == BITMAP_PRESENT
         self._note(partial[~found], "the block is partially present, but has no sector bitmap")
 
-    def _blocks(self, numbers: NDArray[Any], offsets: NDArray[Any], length: int) -> None:
-        """Report blocks that lie outside the file or where something else lies; take the room of the others."""
-        payload = length == self._meta.block_size
-        blocks = numbers - numbers // (self._meta.chunk_ratio + 1)
-        rest = self._meta.size - blocks * self._meta.block_size
-        used = np.minimum(rest, length) if payload else np.full(len(numbers), length)
-        low, high = offsets < HEADER_SECTION, offsets + used > self._source.size
+    def _places(self, numbers: NDArray[Any], starts: NDArray[Any], used: NDArray[Any], length: int) -> None:
+        """Report blocks of `length` bytes, `used` of which matter, that lie outside the file or where others lie.
+
+        `starts` are in MiB. Take the room of the others.
+        """
+        room = self._source.size - np.minimum(starts, len(self._taken)) * MIB
+        low, high = starts < HEADER_SECTION // MIB, room < used
         self._note(numbers[low], "the block lies in the header section")
         self._note(numbers[high], "the block lies beyond the end of the file")
-        cut_short = ~high & (offsets + length > self._source.size)
-        self._note(numbers[cut_short], "the file ends behind the disk's last byte, but within its block", WARNING)
-        good = ~(low | high)
-        order = np.argsort(offsets[good], kind="stable")
-        numbers, starts = numbers[good][order], offsets[good][order] // MIB
+        cut_short = numbers[~high & (room < length)]
+        self._note(cut_short, "the file ends behind the disk's last byte, but within its block", WARNING)
+        good = np.flatnonzero(~(low | high))
+        good = good[np.argsort(starts[good], kind="stable")]
+        numbers, starts = numbers[good], starts[good]
         clash = np.zeros(len(starts), bool)
         clash[1:] = np.diff(starts) < length // MIB
         for step in range(length // MIB):
