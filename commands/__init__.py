@@ -32,6 +32,9 @@ VERBS: tuple[Verb, ...] = (
     Verb("snapshot", _HERE + "snapshot", "list internal snapshots, or extract one"),
     Verb("serve", _HERE + "serve", "serve a disk, read-only, over NBD"),
     Verb("build", _HERE + "build", "build a bootable disk from a tree or a container image"),
+    Verb("bundle", _HERE + "bundle", "make an EC2 bundle of a machine image, kernel or ramdisk"),
+    Verb("unbundle", _HERE + "unbundle", "open an EC2 bundle"),
+    Verb("lint", _HERE + "lint", "tell what an importer would refuse in a package"),
     Verb("formats", _HERE + "formats", "list the formats, subformats and options"),
     Verb("completion", _HERE + "completion", "print a completion script for bash, zsh or fish"),
 )
