@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 _LISTED = 50
 """Findings of one kind that are listed for a batch of tables; the others are only counted."""
 _MOST_ODD = 1 << 22
+_MOST_BITS = 1 << 31
+_BATCH = 1 << 17
+"""Entries that are looked at at once."""
 _NONE = np.zeros(0, np.uint64)
 
 
@@ -44,6 +47,30 @@ class Ranges:
         return hit
 
 
+class Used:
+    """Which grains of a file are used: one bit each, whose pages cost memory only where something is used."""
+
+    def __init__(self, count: int) -> None:
+        self.full = count > _MOST_BITS
+        """Whether the file is too large to keep count of it; then nothing counts as used."""
+        self._count = 0 if self.full else count
+        self._bits = np.zeros(self._count // 8 + 1, np.uint8)
+
+    def has(self, index: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Return which of the grains are used; numbers outside the file are not."""
+        inside = (index >= 0) & (index < self._count)
+        at = np.where(inside, index, 0)
+        found: NDArray[np.bool_] = inside & ((self._bits[at >> 3] >> (at & 7).astype(np.uint8)) & 1).astype(np.bool_)
+        return found
+
+    def add(self, index: NDArray[np.int64]) -> None:
+        """Mark grains as used."""
+        index = index[index < self._count]
+        bit = index & 7
+        for number in range(8):
+            self._bits[index[bit == number] >> 3] |= np.uint8(1 << number)
+
+
 class GrainCheck:
     """Walks the tables of an extent of plain grains, once, in batches; remembers used places in a bitmap."""
 
@@ -51,7 +78,7 @@ class GrainCheck:
         self._report, self._extent, self._name = report, extent, name
         self.metadata = metadata or Ranges(_NONE, _NONE)
         self._residue: int | None = None
-        self._seen = np.zeros(0, np.uint8)
+        self._used = Used(0)
         self._odd: list[NDArray[np.uint64]] = []
         self._odd_count = 0
         self._twice: list[NDArray[np.uint64]] = []
@@ -60,7 +87,7 @@ class GrainCheck:
         """Check all tables; `also` is called with first table, last table and entries of each batch."""
         extent, count = self._extent, len(self._extent.tables)
         used = np.flatnonzero(extent.tables)
-        step, at = 256, 0
+        step, at = max(1, _BATCH // extent.entries), 0
         while at < count:
             position = int(np.searchsorted(used, at))
             if position == len(used):
@@ -86,7 +113,7 @@ class GrainCheck:
         if self.metadata.touched(np.array([offset], np.uint64), extent.grain)[0]:
             return False
         index, odd = divmod(offset - (self._residue or 0), extent.grain)
-        return not odd and index >= 0 and (index >= len(self._seen) or not self._seen[index])
+        return not odd and index >= 0 and not self._used.has(np.array([index]))[0]
 
     def _batch(self, first: int, entries: NDArray[Any]) -> None:
         extent = self._extent
@@ -128,7 +155,9 @@ class GrainCheck:
         grain = np.uint64(self._extent.grain)
         if self._residue is None:
             self._residue = int(offsets[0] % grain)
-            self._seen = np.zeros(self._extent.source.size // self._extent.grain + 1, np.uint8)
+            self._used = Used(self._extent.source.size // self._extent.grain + 1)
+            if self._used.full:
+                self._report.add("grain", None, f"{self._name}too large to look for grains used twice", WARNING)
         odd = offsets % grain != np.uint64(self._residue)
         if odd.any():
             self._tell(starts[odd], offsets[odd], "lies off the grid of the others", WARNING)
@@ -136,14 +165,14 @@ class GrainCheck:
             if self._odd_count <= _MOST_ODD:
                 self._odd.append(offsets[odd])
         starts, offsets = starts[~odd], offsets[~odd]
-        index = (offsets - np.uint64(self._residue)) // grain
-        again = self._seen[index] != 0
+        index = ((offsets - np.uint64(self._residue)) // grain).astype(np.int64)
+        again = self._used.has(index)
         if (index[1:] <= index[:-1]).any():  # not ascending: there may be some twice in this batch
             _, first = np.unique(index, return_index=True)
             within = np.ones(len(index), np.bool_)
             within[first] = False
             again |= within
-        self._seen[index] = 1
+        self._used.add(index)
         self._tell(starts[again], offsets[again], "lies where another grain lies")
         if again.any():
             self._twice.append(offsets[again])
@@ -154,8 +183,8 @@ class GrainCheck:
             return
         grain, odd = self._extent.grain, np.sort(np.concatenate(self._odd))
         near = np.flatnonzero(np.diff(odd) < grain)
-        index = ((odd.astype(np.int64) - (self._residue or 0)) // grain).clip(-1, len(self._seen) - 2)
-        over = (self._seen[np.maximum(index, 0)] != 0) & (index >= 0) | (self._seen[index + 1] != 0)
+        index = (odd.astype(np.int64) - (self._residue or 0)) // grain
+        over = self._used.has(index) | self._used.has(index + 1)
         clashes = np.union1d(odd[near + 1] if len(near) else _NONE, odd[over])
         for offset in clashes[:_LISTED].tolist():
             self._report.add("grain", offset, f"{self._name}a grain overlaps another")

@@ -10,6 +10,7 @@ from diskmorph.formats.check import ERROR, LEAK, WARNING
 from diskmorph.formats.errors import FormatError, UnsupportedError
 from diskmorph.formats.registry import OpenContext, load, open_disk, require_format
 from diskmorph.formats.source import FileSource
+from diskmorph.formats.views import Regions
 
 from testkit import KIB, MIB, content, data, little_disk, run, write_image
 
@@ -46,10 +47,19 @@ class Places:
         self.redundant = struct.unpack_from("<I", raw, self.rgd)[0] * 512
 
 
+@pytest.fixture(scope="module")
+def image(tmp_path_factory):
+    disk = Regions()
+    disk.add_disk(little_disk(3 * MIB))
+    disk.pad_to(69 * MIB)
+    disk.add_disk(little_disk(MIB))
+    path, *_ = write_image("vmdk", disk, tmp_path_factory.mktemp("sound") / "disk.vmdk")
+    return path.read_bytes()
+
+
 @pytest.fixture
-def sound(tmp_path):
-    path, *_ = write_image("vmdk", little_disk(70 * MIB), tmp_path / "disk.vmdk")
-    return path
+def sound(image, tmp_path):
+    return put(tmp_path / "disk.vmdk", image)
 
 
 @pytest.mark.parametrize(
