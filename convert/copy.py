@@ -134,7 +134,7 @@ def _ways(transfer: Transfer, writer: Writer | None) -> Ways:
     return Ways(
         step=step,
         fine=fine,
-        zero_unit=transfer.zero_unit,
+        zero_unit=fine if transfer.holes else transfer.zero_unit,  # lengths of zero runs depend on the extents
         zero_kind=HOLE if transfer.holes and not allocator.overlay else ZERO,
         ordered=allocator.sequential and streams,
         dense=writer is not None and not writer.fresh,
