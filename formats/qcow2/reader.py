@@ -161,13 +161,14 @@ class Qcow2Disk(ImageDisk):
     def _tail(self, rows: NDArray[np.void], beyond: NDArray[np.int64]) -> NDArray[np.void]:
         """Return the rows with what a file that ends inside its last data cluster lacks as zeroes.
 
-        QEMU leaves such files: what was never written is not there. Anything else beyond the end is a truncation.
+        QEMU leaves such files: what was never written is not there. It writes whole sectors, though: an end within one,
+        or anything else beyond the end, is a truncation.
         """
         part = rows[beyond]
         end, cluster = self._judge.end, self._header.cluster
         reach = -(-end // cluster) * cluster
         inside = (part["codec"] == PLAIN) & (part["offset"] + part["length"] <= np.uint64(reach))
-        if not inside.all() or not self._ends_in_last_cluster():
+        if end % 512 or not inside.all() or not self._ends_in_last_cluster():
             worst = part[int(np.argmin(inside))]
             raise bad(
                 f"the image is truncated: the data of disk offset {int(worst['start'])} lies beyond its end",

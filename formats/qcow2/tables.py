@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 CHUNK = 4 << 20
 """Bytes of L2 tables that are read and held at once."""
-_GAP = 16 << 10
+_GAP = 64 << 10
+"""Bytes between two tables that are read along rather than skipped."""
 _CACHED = 4 << 20
 _SLICE = 1 << 14
 _U = np.uint64

@@ -161,16 +161,16 @@ def short_tail(folder: Path):
     """A file that ends inside its last data cluster: the rest was never written and reads as zeroes."""
     cluster = 1 << 16
     entries = {2: 33 * cluster | COPIED, 5: 32 * cluster | COPIED}
-    first, last = data("first", cluster), data("last", 5000)
+    first, last = data("first", cluster), data("last", 5120)
     path = handmade(
         folder / "short.qcow2",
         6 * cluster,
         entries,
         {32 * cluster: first, 33 * cluster: last},
-        end=33 * cluster + 5000,
+        end=33 * cluster + 5120,
     )
     want = bytearray(6 * cluster)
-    want[2 * cluster : 2 * cluster + 5000] = last
+    want[2 * cluster : 2 * cluster + 5120] = last
     want[5 * cluster :] = first
     return path, bytes(want)
 
