@@ -259,10 +259,9 @@ class FileTarget(Target):
 
     def _take_back(self, named: Sequence[FileMember], aside: Sequence[tuple[str, str]]) -> None:
         """Remove members that have their names already and restore the old files, the describing one last."""
-        if aside or not self._force:
-            for member in named:
-                with contextlib.suppress(OSError):
-                    os.unlink(member.path.name, dir_fd=self._directory)
+        for member in named:  # they replaced nothing: the old files, if any, were moved away before
+            with contextlib.suppress(OSError):
+                os.unlink(member.path.name, dir_fd=self._directory)
         for name, old in reversed(aside):
             with contextlib.suppress(OSError):
                 os.rename(old, name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
