@@ -178,17 +178,44 @@ def from_units(
     `kinds` and `offsets` (bytes) have one value per unit; `codec`, `stored` and `file` one, or one for all. The last
     unit is cut to the disk's `size`.
     """
-    count = len(kinds)
-    rows = np.zeros(count, EXTENT)
-    rows["start"] = np.arange(first, first + count, dtype=np.uint64) * np.uint64(unit)
-    rows["length"] = unit
-    rows["kind"] = kinds
+    kinds = np.asarray(kinds, np.uint8)
+    offsets = np.asarray(offsets, np.uint64)
+    heads = _unit_heads(kinds, offsets, unit, codec, file)
+    rows = np.zeros(len(heads), EXTENT)
+    rows["start"] = (heads.astype(np.uint64) + np.uint64(first)) * np.uint64(unit)
+    rows["length"] = np.diff(heads, append=len(kinds)).astype(np.uint64) * np.uint64(unit)
+    rows["kind"] = kinds[heads]
     data = rows["kind"] == DATA
-    rows["offset"] = np.where(data, np.asarray(offsets, np.uint64), np.uint64(0))
-    rows["codec"] = np.where(data, codec, PLAIN)
-    rows["stored"] = np.where(rows["codec"] != PLAIN, stored, 0)
-    rows["file"] = np.where(data, file, 0)
+    rows["offset"] = np.where(data, offsets[heads], np.uint64(0))
+    rows["codec"] = np.where(data, _at(codec, heads), PLAIN)
+    rows["stored"] = np.where(rows["codec"] != PLAIN, _at(stored, heads), 0)
+    rows["file"] = np.where(data, _at(file, heads), 0)
     return coalesce(clip(rows, 0, size))
+
+
+def _unit_heads(
+    kinds: NDArray[np.uint8],
+    offsets: NDArray[np.uint64],
+    unit: int,
+    codec: NDArray[Any] | int,
+    file: NDArray[Any] | int,
+) -> NDArray[np.int64]:
+    """Return the numbers of the units that do not continue the one before: most do, and rows are 40 bytes each."""
+    same = kinds[1:] == kinds[:-1]
+    data = kinds[1:] == DATA
+    if data.any():
+        follows = offsets[:-1] + np.uint64(unit) == offsets[1:]
+        if isinstance(file, np.ndarray):
+            follows &= file[1:] == file[:-1]
+        plain = np.asarray(codec) == PLAIN
+        follows &= plain[1:] & plain[:-1] if plain.ndim else plain
+        same &= ~data | follows
+    heads: NDArray[np.int64] = np.flatnonzero(np.concatenate(([True], ~same)) if len(kinds) else same)
+    return heads
+
+
+def _at(values: NDArray[Any] | int, heads: NDArray[np.int64]) -> NDArray[Any] | int:
+    return values[heads] if isinstance(values, np.ndarray) and values.ndim else values
 
 
 def require_within(
