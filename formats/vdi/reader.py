@@ -90,10 +90,10 @@ class VdiDisk(ImageDisk):
             kinds = np.full(len(entries), DATA, np.uint8)
             kinds[entries == FREE] = free
             kinds[entries == ZERO] = ZERO_KIND
-            offsets = entries.astype(np.uint64) * np.uint64(header.stride)
+            offsets = entries.astype(np.uint64)
+            offsets *= np.uint64(header.stride)
             offsets += np.uint64(header.data_offset + header.block_extra)
-            rows = from_units(first, header.block_size, kinds, offsets, self.size)
-            rows = clip(rows, start, stop)
+            rows = clip(from_units(first, header.block_size, kinds, offsets, self.size), start, stop)
             require_within(rows, [self.files[0].size], file=self.name, format="vdi", structure="block")
             # In a scattered map there is one question to the file system for each block: not worth the time.
             ordered = header.type == STATIC and len(rows) <= _SCATTERED

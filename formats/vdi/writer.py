@@ -38,6 +38,7 @@ SUBFORMATS = ("dynamic", "static", "differencing")
 _MAP_OFFSET = 512
 _DATA_ALIGN = 1 << 20  # as VirtualBox aligns data
 _WINDOW = 1 << 16  # map entries written at once: 256 KiB
+_WINDOWS = 16  # settled at once: 4 MiB
 _NO_UUID = uuid.UUID(int=0)
 
 # Blocks that have an entry of their own: `count` of them from number `first`; `pointer` is the first one's place.
@@ -88,10 +89,10 @@ class VdiAllocator(Allocator):
         return placed
 
     def settle(self, upto: int) -> Iterator[Write]:
-        """See Allocator: whole windows of the map."""
-        done = upto // self.unit
-        if done - self._written >= _WINDOW:
-            yield from self._map(done - (done - self._written) % _WINDOW)
+        """See Allocator: whole windows of the map, not too many at once where a large hole was passed."""
+        windows = min((upto // self.unit - self._written) // _WINDOW, _WINDOWS)
+        if windows > 0:
+            yield from self._map(self._written + windows * _WINDOW)
 
     def finish(self) -> Iterator[Write]:
         """See Allocator."""

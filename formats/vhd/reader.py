@@ -6,6 +6,7 @@ blocks that are there.
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from diskmorph.formats.source import ByteSource
 
 _BATCH_SECTORS = 1 << 21  # sectors whose bitmap bits are looked at together: 2 MiB as bytes
-_BATCH_ENTRIES = 1 << 15
+_BATCH_ENTRIES = 1 << 15  # entries of the table read at once: 128 KiB
 _LEAST_BLOCK, _MOST_BLOCK = 8 * SECTOR, 1 << 31
 
 
@@ -112,14 +113,21 @@ class DynamicDisk(VhdDisk):
         self.block_size: int = header.block_size
         self.bitmap_size = bitmap_size(self.block_size)
         self._free = HOLE if parent is None else ABSENT
-        self._batch = min(max(_BATCH_SECTORS // (self.block_size // SECTOR), 1), _BATCH_ENTRIES)
 
-    def entries(self, first: int, stop: int, batch: int = _BATCH_ENTRIES) -> Iterator[tuple[int, NDArray[np.uint32]]]:
+    def entries(self, first: int, stop: int) -> Iterator[tuple[int, NDArray[np.uint32]]]:
         """Yield (number of the first block, table entries) for blocks first..stop, in batches."""
-        for at in range(first, stop, batch):
-            count = min(batch, stop - at)
+        for at in range(first, stop, _BATCH_ENTRIES):
+            count = min(_BATCH_ENTRIES, stop - at)
             raw = self.files[0].read(self.header.table_offset + at * ENTRY.itemsize, count * ENTRY.itemsize)
             yield at, np.frombuffer(raw, ENTRY).astype(np.uint32)
+
+    def _batches(self, first: int, stop: int) -> Iterator[tuple[int, NDArray[np.uint32]]]:
+        """Yield what `entries` does in batches of so few stored blocks that all their bits can be looked at."""
+        most = max(_BATCH_SECTORS // (self.block_size // SECTOR), 1)
+        for at, entries in self.entries(first, stop):
+            bounds = [0, *np.flatnonzero(entries != UNALLOCATED)[most::most].tolist(), len(entries)]
+            for low, high in itertools.pairwise(bounds):
+                yield at + low, entries[low:high]
 
     def misplaced(self, blocks: NDArray[np.uint64], places: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """Return which blocks (by number, and offset of their bitmap) pass the end of the data or cover a table."""
@@ -142,7 +150,7 @@ class DynamicDisk(VhdDisk):
 
     def _extents(self, start: int, stop: int) -> Iterator[NDArray[np.void]]:
         first, last = start // self.block_size, -(-stop // self.block_size)
-        for at, entries in self.entries(first, last, self._batch):
+        for at, entries in self._batches(first, last):
             yield clip(self._rows(at, entries), start, stop)
 
     def _rows(self, first: int, entries: NDArray[np.uint32]) -> NDArray[np.void]:
@@ -165,7 +173,7 @@ class DynamicDisk(VhdDisk):
 
     def unmarked_sectors(self) -> Iterator[int]:
         """Yield, batch by batch, how many sectors of stored blocks have a bit that says they were never written."""
-        for first, entries in self.entries(0, -(-self.size // self.block_size), self._batch):
+        for first, entries in self._batches(0, -(-self.size // self.block_size)):
             used = np.flatnonzero(entries != UNALLOCATED)
             stored = int(
                 np.minimum(np.uint64(self.block_size), self._left(used.astype(np.uint64) + np.uint64(first))).sum()
