@@ -150,6 +150,14 @@ def _store(table: np.ndarray, write: tuple[int, int, bytes]) -> None:
     table[at : at + len(write[2]) // 4] = np.frombuffer(write[2], "<u4")
 
 
+def test_a_large_hole_is_settled_little_by_little() -> None:
+    allocator = new_allocator(NewImage(2 * TIB, "d.vdi", options={"block_size": "4K"}))
+    for _ in range(3):
+        written = list(allocator.settle(2 * TIB))
+        assert sum(len(write.data) for write in written) == 4 * MIB
+    assert next(allocator.finish()).offset == 512 + 12 * MIB
+
+
 def test_two_tebibytes_are_laid_out_in_seconds() -> None:
     allocator = new_allocator(NewImage(2 * TIB, "d.vdi"))
     runs = np.zeros(3, RUN)
