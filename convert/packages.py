@@ -151,7 +151,9 @@ class _Job:
             raise TargetError("is not the name of a file", file=target)
         self._options = options
         self._words: MachineOptions = read_options(options.format_options)
-        self._stem = portable_stem(self._target.stem)
+        # Inside an archive files are called by the machine, so that the archive's own name is not in its bytes.
+        called = self._words.name or (old.name if old is not None else None)
+        self._stem = portable_stem((called if self._archive else None) or self._target.stem)
         self._descriptor = f"{self._stem}.ovf" if self._archive else self._target.name
         self._manifest_name = f"{self._stem}.mf" if self._archive else f"{self._target.stem}.mf"
         self._files = [f"{self._stem}-disk{number}.vmdk" for number in range(1, len(disks) + 1)]
