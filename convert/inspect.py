@@ -202,7 +202,7 @@ def look_inside(disk: Disk) -> Content:
     try:
         table = gpt.read_table(disk)
     except DiskmorphError as error:
-        warnings.append(f"the partition table cannot be read: {error}")
+        warnings.append(f"the partition table cannot be read: {_reason(error)}")
     if table is not None:
         warnings.extend(table.warnings)
     filesystems: dict[int, FileSystem] = {}
@@ -210,7 +210,7 @@ def look_inside(disk: Disk) -> Content:
         found = _probe(disk, partition.start, partition.length, f"partition {partition.number}", warnings)
         if found is not None and not partition.type_name.startswith("extended"):
             filesystems[partition.number] = found
-    whole = _probe(disk, 0, disk.size, "the disk", warnings)
+    whole = _probe(disk, 0, disk.size, "the whole disk", warnings)
     return Content(table, filesystems, whole, tuple(warnings))
 
 
@@ -220,5 +220,11 @@ def _probe(disk: Disk, start: int, length: int, what: str, warnings: list[str]) 
     try:
         return fsprobe.probe(disk, start, length)
     except DiskmorphError as error:
-        warnings.append(f"{what} cannot be read: {error}")
+        warnings.append(f"{what} cannot be read: {_reason(error)}")
         return None
+
+
+def _reason(error: DiskmorphError) -> str:
+    """Return what an error says without the file, which stands before a warning anyway."""
+    place = error.place()
+    return f"{error.problem} ({place})" if place else error.problem

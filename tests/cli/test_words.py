@@ -187,8 +187,23 @@ def test_a_bar_on_a_terminal(disk: Path) -> None:
     assert "written in" in pictures[-2] + pictures[-1]
 
 
-def test_what_is_over_soon_needs_no_bar(disk: Path) -> None:
-    assert "%" not in on_terminal("convert", "disk.raw", "out.vdi")
+def test_what_is_over_soon_needs_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+
+    from diskmorph.commands import progress as module
+    from diskmorph.commands.output import Output
+
+    clock = iter((0.0, *(at / 10 for at in range(100) for _ in range(2))))
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
+    out = Output(progress="bar")
+    out.stderr = io.StringIO()
+    seen = []
+    with module.progress(out, "converting") as tell:
+        for done in range(8):
+            tell(Progress("convert", done, 10))
+            seen.append("%" in out.stderr.getvalue())
+    assert seen[0] is False and seen[-1] is True
+    assert out.stderr.getvalue().endswith("\r\x1b[K"), "the bar is wiped when the job is over"
 
 
 def test_colours_and_no_color(disk: Path) -> None:
