@@ -52,10 +52,10 @@ format: setup  ## mend layout and what ruff can mend
 	$(BIN)/ruff format .
 
 bench: packages setup  ## beside qemu-img, with its best flags, in alternation
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/bench.py
 
-fuzz: setup  ## damaged images of every format, for a minute each
-	$(BIN)/python -m pytest -q tests/fuzz -m 'slow or not slow'
+fuzz: packages setup  ## damaged images of every format, judged here and by qemu-img
+	$(BIN)/python tests/fuzz/run.py
 
 wheel: setup  ## the wheel in dist/
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
