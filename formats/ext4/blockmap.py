@@ -1,5 +1,6 @@
-"""Where a file's blocks lie: extent trees, and the indirect blocks of ext2 and ext3 (kernel docs, "The Contents of
-inode.i_block").
+"""Where a file's blocks lie: extent trees, and the indirect blocks of ext2 and ext3.
+
+See the kernel's documentation, "The Contents of inode.i_block".
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ _HEADER = s.EXTENT_HEADER_ROW.itemsize
 
 
 class Run(NamedTuple):
-    """`count` blocks of a file from its block `block`, at block `at` of the file system; 0: written as zeroes."""
+    """`length` blocks of a file from its block `block`, at block `at` of the file system; 0: written as zeroes."""
 
     block: int
-    count: int
+    length: int
     at: int
 
 
@@ -46,7 +47,7 @@ def pieces_of(volume: Volume, inode: Inode) -> tuple[Piece, ...]:
     pieces = []
     for run in runs_of(volume, inode):
         start = run.block * block
-        length = min(run.count * block, size - start)
+        length = min(run.length * block, size - start)
         if length > 0:
             pieces.append(Piece(start, length, volume.source, run.at * block))
     return tuple(pieces)
@@ -101,7 +102,7 @@ def _verify(volume: Volume, inode: Inode, data: bytes, block: int) -> None:
 
 
 def _leaf(volume: Volume, inode: Inode, rows: NDArray[np.void], found: list[Run]) -> None:
-    reach = found[-1].block + found[-1].count if found else 0
+    reach = found[-1].block + found[-1].length if found else 0
     for block, length, high, low in rows.tolist():
         count = length if length <= s.EXTENT_LONGEST else length - s.EXTENT_LONGEST
         at = low | high << 32

@@ -81,7 +81,7 @@ class _Journal:
         for run in runs_of(volume, volume.inode(volume.super.journal_inum)):
             if run.block != len(self._map):
                 raise self._error("the journal has holes", 0)
-            self._map.extend(range(run.at, run.at + run.count))
+            self._map.extend(range(run.at, run.at + run.length))
         head = self._block(0)
         try:
             self.super: Any = s.JOURNAL_SUPER.parse(head[:1024])

@@ -180,7 +180,7 @@ class _Reader:
         size = volume.block_size
         seed = int(inode_seeds(volume.seed, np.array([folder.number]), folder.generation)[0]) if volume.sums else 0
         for run in runs_of(volume, folder):
-            count = min(run.count, -(-folder.size // size) - run.block)
+            count = min(run.length, -(-folder.size // size) - run.block)
             for number in range(run.at, run.at + count):
                 block = volume.source.read(number * size, size)
                 inner = number == run.at - run.block or int.from_bytes(block[4:6], "little") >= size

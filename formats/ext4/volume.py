@@ -229,10 +229,8 @@ class Volume:
             table[high, 130:132] = 0
         chosen = np.flatnonzero(filled)
         sums = chain_rows(inode_seeds(self.seed, numbers[chosen], generations[chosen]), table[chosen])
-        sound = ~filled
-        sound[chosen] = (sums & mask[chosen]) == stored[chosen]
-        result: list[bool] = sound.tolist()
-        return result
+        bad = set(chosen[(sums & mask[chosen]) != stored[chosen]].tolist())
+        return [number not in bad for number in range(len(table))]
 
     def _unpacked(self, number: int, raw: bytes) -> Inode:
         (
