@@ -108,15 +108,30 @@ def _check_window(survey: Survey, counter: Counter, singles: Singles, report: Ch
         hidden = inside[stored[inside - low] >= counts[inside - low]]
         offsets = (hidden + counter.base) << header.cluster_bits
         note(report, "metadata", offsets, "a cluster of metadata is used for something else too")
+    _check_blocks(survey, counter, report)
+
+
+def _check_blocks(survey: Survey, counter: Counter, report: CheckReport) -> None:
+    """Report refcount blocks that are used for something else too; then all refcounts must be built anew elsewhere."""
     index = survey.refcounts - counter.base
     index = index[(index >= 0) & (index < len(counter.counts))]
     survey.rebuild |= bool((counter.counts[index] != 1).any())
+    where = np.flatnonzero(survey.blocks)
+    places = (survey.blocks[where] >> _U(survey.header.cluster_bits)).astype(np.int64) - counter.base
+    inside = (places >= 0) & (places < len(counter.counts))
+    wrong = where[inside][counter.counts[places[inside]] != 1]
+    offsets = survey.header.refcount_offset + 8 * wrong
+    note(report, "refcount table", offsets, "a refcount block is used for something else too")
 
 
 def _overlaps(survey: Survey, counter: Counter) -> NDArray[np.int64]:
-    """Return the clusters of metadata (numbers within the window) with more references than their own."""
+    """Return the clusters of metadata (numbers within the window) with more references than their own.
+
+    Refcount blocks are judged by themselves.
+    """
     tables = (survey.tables >> _U(survey.header.cluster_bits)).astype(np.int64)
-    own = np.unique(np.concatenate((survey.fixed, survey.refcounts, tables))) - counter.base
+    table = (survey.header.refcount_offset >> survey.header.cluster_bits) + np.arange(survey.header.refcount_clusters)
+    own = np.unique(np.concatenate((survey.fixed, table, tables))) - counter.base
     due = np.ones(len(own), np.int64)
     due[np.searchsorted(own, tables - counter.base)] = survey.weights
     inside = (own >= 0) & (own < len(counter.counts))

@@ -25,11 +25,12 @@ class Singles:
     """Whether a cluster's refcount is 1, one bit a cluster, for the survey's windows that begin at `windows`."""
 
     def __init__(self, windows: list[int], survey: Survey) -> None:
-        sizes = [-(-min(survey.window, survey.clusters - base) // 8) for base in windows]
+        sizes = [min(survey.window, survey.clusters - base) for base in windows]
+        rooms = [-(-size // 8) * 8 for size in sizes]
         self._bases = np.array(windows, np.int64)
-        self._sizes = np.array(sizes, np.int64) * 8
-        self._starts = np.cumsum(self._sizes) - self._sizes
-        self._bits = np.zeros(sum(sizes), np.uint8)
+        self._sizes = np.array(sizes, np.int64)
+        self._starts = np.cumsum(rooms) - rooms
+        self._bits = np.zeros(sum(rooms) // 8, np.uint8)
 
     def put(self, first: int, single: NDArray[np.bool_]) -> None:
         """Set what is known of the clusters from number `first` (a multiple of 8) on, all in one window."""

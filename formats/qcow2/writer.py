@@ -73,6 +73,8 @@ class Qcow2Allocator(Allocator):
         return placed[0] if len(placed) == 1 else np.concatenate(placed)
 
     def _place_group(self, runs: NDArray[np.void]) -> NDArray[np.void]:
+        if len(runs) == 1 and runs["kind"][0] == DATA and runs["codec"][0] == PLAIN:
+            return self._place_whole(runs)
         data, zero = runs["kind"] == DATA, runs["kind"] == ZERO
         packed = data & (runs["codec"] != PLAIN)
         flagged = zero & (self._shape.version >= 3)
@@ -82,7 +84,8 @@ class Qcow2Allocator(Allocator):
         elif self.overlay:
             whole |= zero & ~flagged  # version 2 has no zero clusters: real zeroes must hide the parent's data
         placed = self._place_whole(runs[whole])
-        self._note(runs[flagged & ~whole], None)
+        if flagged.any():
+            self._note(runs[flagged & ~whole], None)
         if not packed.any():
             return placed
         rows = np.concatenate((placed, self._place_packed(runs[packed])))
@@ -100,6 +103,11 @@ class Qcow2Allocator(Allocator):
         return rows
 
     def _clusters_for(self, runs: NDArray[np.void]) -> NDArray[np.uint64]:
+        if len(runs) == 1:  # the common call, a window of data, in plain integers: a tenth of the time
+            start, size = int(runs["start"][0]), self._shape.cluster
+            single = np.array([self._next + start % size], _U)
+            self._next += ((start + int(runs["length"][0]) - 1) // size - start // size + 1) * size
+            return single
         cluster = _U(self._shape.cluster)
         first = runs["start"] // cluster
         last = (runs["start"] + runs["length"] - _U(1)) // cluster
