@@ -283,7 +283,7 @@ class QcowDisk(ImageDisk):
             return rows
         worst = rows[beyond[0]]
         lacking = int(ends[beyond[0]]) - source.size
-        if len(beyond) > 1 or packed[beyond[0]] or lacking >= min(cluster, int(worst["length"])):
+        if source.size % 512 or len(beyond) > 1 or packed[beyond[0]] or lacking >= min(cluster, int(worst["length"])):
             raise _bad(
                 f"the image is truncated: the data of disk offset {int(worst['start'])} lies beyond its end",
                 source,
