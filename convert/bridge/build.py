@@ -1,4 +1,4 @@
-"""`build`: a tree becomes a disk, straight through the pipeline; nothing is unpacked, no image is written on the way."""
+"""`build`: a tree becomes a disk, straight through the pipeline; nothing is unpacked, no image is written between."""
 
 from __future__ import annotations
 
