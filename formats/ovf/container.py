@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from diskmorph.formats.source import ByteSource
 
 
+_LOOK_AHEAD = 8
+
+
 class Container(ABC):
     """The files of one package. `descriptor` is the name of its .ovf file, `base` that name without the suffix."""
 
@@ -114,7 +117,7 @@ class Container(ABC):
             count = max(1, -(-file.size // file.chunk_size))
         else:
             count = 1
-            while count <= self._limits.members and self.has(f"{name}.{count:09d}"):
+            while count <= self._limits.members and self._has_chunk(name, count):
                 count += 1
         if count > self._limits.members:
             raise FormatError(
@@ -126,6 +129,10 @@ class Container(ABC):
                 found=file.chunk_size,
             )
         return [f"{name}.{number:09d}" for number in range(count)]
+
+    def _has_chunk(self, name: str, number: int) -> bool:
+        """Return whether a chunk, or one of the next behind it, is there: one missing in between must be missed."""
+        return any(self.has(f"{name}.{later:09d}") for later in range(number, number + _LOOK_AHEAD))
 
     def _chunks(self, file: FileRef, name: str) -> ByteSource:
         parts: list[ByteSource] = []

@@ -207,7 +207,8 @@ class _Reader:
                 self._attribute(node, "userConfigurable") in {"true", "1"},
             )
             yield key, known
-            yield bare, known
+            if bare != key:
+                yield bare, known
 
     # Machines
 
