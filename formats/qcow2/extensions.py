@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from diskmorph.formats.qcow2.header import Header
     from diskmorph.formats.source import ByteSource
 
+_PIECE = 1 << 16
+
 
 @dataclass(frozen=True)
 class Extensions:
@@ -98,43 +100,59 @@ class SnapshotEntry:
     length: int
 
 
+class _Table:
+    """The snapshot table's bytes, read in large pieces: there may be tens of thousands of entries."""
+
+    def __init__(self, source: ByteSource) -> None:
+        self._source, self._start, self._data = source, 0, b""
+
+    def part(self, offset: int, length: int, number: int) -> bytes:
+        """Return bytes of entry `number`. Raises FormatError where they pass the file's end."""
+        at = offset - self._start
+        if at < 0 or at + length > len(self._data):
+            if offset + length > self._source.size:
+                raise _bad(
+                    f"the entry of snapshot number {number + 1} lies beyond the end of the file",
+                    self._source,
+                    "snapshot table",
+                    field="entry",
+                    offset=offset,
+                    expected=f"{length} bytes",
+                    found=f"the end at {self._source.size}",
+                )
+            self._start, at = offset, 0
+            self._data = self._source.read_upto(offset, max(length, _PIECE))
+        return self._data[at : at + length]
+
+
 def read_snapshots(source: ByteSource, header: Header) -> list[SnapshotEntry]:
     """Read the snapshot table. Raises FormatError where it passes the file's end."""
     entries = []
     at = header.snapshot_offset
     fixed = s.SNAPSHOT.sizeof()
+    table = _Table(source)
     for number in range(header.snapshot_count):
-        raw = s.SNAPSHOT.parse(_snapshot_part(source, at, fixed, number))
-        id_size, name_size, extra_size = int(raw.id_size), int(raw.name_size), int(raw.extra_size)
-        extra = s.SNAPSHOT_EXTRA.parse(
-            _snapshot_part(source, at + fixed, min(extra_size, 16), number), length=extra_size
-        )
-        words = _snapshot_part(source, at + fixed + extra_size, id_size + name_size, number)
+        raw = s.SNAPSHOT.parse(table.part(at, fixed, number))
+        id_size, extra_size = int(raw.id_size), int(raw.extra_size)
+        names = id_size + int(raw.name_size)
+        state, size = int(raw.vm_state_size), header.size
+        if extra_size:
+            more = table.part(at + fixed, min(extra_size, 16), number)
+            extra = s.SNAPSHOT_EXTRA.parse(more.ljust(16, b"\0"))
+            state = int(extra.vm_state_size) if extra_size >= 8 else state
+            size = int(extra.disk_size) if extra_size >= 16 else size
+        words = table.part(at + fixed + extra_size, names, number)
         info = Snapshot(
             words[:id_size].decode("utf-8", "replace"),
             words[id_size:].decode("utf-8", "replace"),
-            header.size if extra.disk_size is None else int(extra.disk_size),
+            size,
             raw.seconds + raw.nanoseconds / 1e9,
-            int(raw.vm_state_size) if extra.vm_state_size is None else int(extra.vm_state_size),
+            state,
         )
-        length = fixed + extra_size + id_size + name_size
+        length = fixed + extra_size + names
         entries.append(SnapshotEntry(info, int(raw.l1_offset), int(raw.l1_size), at, length))
         at += -(-length // 8) * 8
     return entries
-
-
-def _snapshot_part(source: ByteSource, offset: int, length: int, number: int) -> bytes:
-    if offset + length > source.size:
-        raise _bad(
-            f"the entry of snapshot number {number + 1} lies beyond the end of the file",
-            source,
-            "snapshot table",
-            field="entry",
-            offset=offset,
-            expected=f"{length} bytes",
-            found=f"the end at {source.size}",
-        )
-    return source.read(offset, length)
 
 
 @dataclass(frozen=True)

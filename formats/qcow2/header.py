@@ -288,13 +288,11 @@ def _check_places(header: Header, source: ByteSource, limits: Limits) -> None:
             expected=f"at least {needed}",
             found=header.l1_size,
         )
-    require_table(
-        source, "L1 table", header.l1_offset, header.l1_size * 8, header.cluster, limits, "l1_table_offset", 40
-    )
-    table = header.refcount_clusters << header.cluster_bits
-    require_table(
-        source, "refcount table", header.refcount_offset, table, header.cluster, limits, "refcount_table_offset", 48
-    )
+    l1 = Place("L1 table", header.l1_offset, header.l1_size * 8, "l1_table_offset", 40)
+    require_table(source, l1, header.cluster, min(limits.resident_table, s.L1_MOST))
+    length = header.refcount_clusters << header.cluster_bits
+    table = Place("refcount table", header.refcount_offset, length, "refcount_table_offset", 48)
+    require_table(source, table, header.cluster, min(limits.resident_table, s.REFCOUNT_TABLE_MOST))
     if header.snapshot_count > limits.snapshots:
         raise bad(
             "has too many snapshots",
@@ -306,54 +304,42 @@ def _check_places(header: Header, source: ByteSource, limits: Limits) -> None:
             found=header.snapshot_count,
         )
     if header.snapshot_count:
-        require_table(
-            source, "snapshot table", header.snapshot_offset, 40, header.cluster, limits, "snapshots_offset", 64
-        )
+        first = Place("snapshot table", header.snapshot_offset, s.SNAPSHOT.sizeof(), "snapshots_offset", 64)
+        require_table(source, first, header.cluster, limits.resident_table)
     if header.has_data_file and header.crypt_method:
         raise bad("an encrypted image with a data file", source, "header", field="crypt_method", offset=32, expected=0)
 
 
-def require_table(
-    source: ByteSource,
-    structure: str,
-    offset: int,
-    length: int,
-    cluster: int,
-    limits: Limits,
-    field: str,
-    at: int,
-) -> None:
-    """Raise FormatError unless a table of `length` bytes begins on a cluster, lies in the file and may be resident.
+@dataclass(frozen=True)
+class Place:
+    """Where a table is said to lie: `offset` and `length` in bytes; `field`, at `at` in the file, says so."""
 
-    `field` and `at` say where its offset was found.
-    """
-    if length > limits.resident_table:
+    structure: str
+    offset: int
+    length: int
+    field: str
+    at: int
+
+
+def require_table(source: ByteSource, table: Place, cluster: int, most: int) -> None:
+    """Raise FormatError unless a table begins on a cluster, lies in the file and has at most `most` bytes."""
+    problem, offset, expected, found = "", table.at, "", str(table.offset)
+    if table.length > most:
+        problem, expected, found = "is too large", f"at most {most} bytes", str(table.length)
+    elif table.offset % cluster:
+        problem, expected = "does not begin on a cluster", f"a multiple of {cluster}"
+    elif table.length and not table.offset:
+        problem, expected = "has no place", "an offset"
+    elif table.length and table.offset + table.length > source.size:
+        problem, offset = "lies beyond the end of the file", table.offset
+        expected, found = f"{table.length} bytes", f"the end at {source.size}"
+    if problem:
         raise bad(
-            f"the {structure} is too large",
+            f"the {table.structure} {problem}",
             source,
-            structure,
-            field=field,
-            offset=at,
-            expected=f"at most {limits.resident_table} bytes",
-            found=length,
-        )
-    if offset % cluster:
-        raise bad(
-            f"the {structure} does not begin on a cluster",
-            source,
-            structure,
-            field=field,
-            offset=at,
-            expected=f"a multiple of {cluster}",
-            found=offset,
-        )
-    if length and (offset == 0 or offset + length > source.size):
-        raise bad(
-            f"the {structure} lies beyond the end of the file" if offset else f"there is no {structure}",
-            source,
-            structure,
-            field=field,
-            offset=offset or at,
-            expected=f"{length} bytes",
-            found=f"the end at {source.size}" if offset else "offset 0",
+            table.structure,
+            field=table.field,
+            offset=offset,
+            expected=expected,
+            found=found,
         )

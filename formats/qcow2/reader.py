@@ -12,7 +12,7 @@ from diskmorph.formats.errors import DiskmorphError, FormatError, PolicyError, S
 from diskmorph.formats.extents import ABSENT, DATA, HOLE, PLAIN, ZERO, clip, row
 from diskmorph.formats.qcow2 import schema as s
 from diskmorph.formats.qcow2.extensions import read_bitmaps, read_snapshots
-from diskmorph.formats.qcow2.header import Header, bad, read_header, require_table
+from diskmorph.formats.qcow2.header import Header, Place, bad, read_header, require_table
 from diskmorph.formats.qcow2.refcounts import used_beyond
 from diskmorph.formats.qcow2.tables import Judge, L2Reader, chunks, l2_offsets, read_l1
 
@@ -228,16 +228,9 @@ def _choose(snapshots: list[SnapshotEntry], wanted: str | None, source: ByteSour
 
 def _snapshot_l1(entry: SnapshotEntry, disk: Qcow2Disk, context: OpenContext) -> tuple[int, int]:
     header, source = disk.header, disk._source  # noqa: SLF001 - a part of the class
-    require_table(
-        source,
-        "L1 table",
-        entry.l1_offset,
-        entry.l1_size * 8,
-        header.cluster,
-        context.limits,
-        f"l1_table_offset of snapshot {entry.info.name!r}",
-        entry.offset,
-    )
+    field = f"l1_table_offset of snapshot {entry.info.name!r}"
+    place = Place("L1 table", entry.l1_offset, entry.l1_size * 8, field, entry.offset)
+    require_table(source, place, header.cluster, min(context.limits.resident_table, s.L1_MOST))
     needed = -(-disk.size // header.coverage)
     if entry.l1_size < needed:
         raise bad(

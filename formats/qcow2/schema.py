@@ -6,7 +6,7 @@ Sections are those of QEMU's docs/interop/qcow2.txt. All numbers are big-endian.
 from __future__ import annotations
 
 import numpy as np
-from construct import Bytes, Const, If, Int8ub, Int16ub, Int32ub, Int64ub, Padding, Struct, this
+from construct import Bytes, Const, Int8ub, Int16ub, Int32ub, Int64ub, Padding, Struct
 
 MAGIC = b"QFI\xfb"
 V2_LENGTH = 72
@@ -101,11 +101,10 @@ SNAPSHOT = Struct(
     "vm_state_size" / Int32ub,
     "extra_size" / Int32ub,
 )
-SNAPSHOT_EXTRA = Struct(
-    "vm_state_size" / If(this._.length >= 8, Int64ub),
-    "disk_size" / If(this._.length >= 16, Int64ub),  # version 3 has it
+SNAPSHOT_EXTRA = Struct(  # as much of it as extra_size says
+    "vm_state_size" / Int64ub,
+    "disk_size" / Int64ub,  # version 3 has it
 )
-"""Parse and build with `length`, the entry's extra_size."""
 
 # "Incompatible features", "Compatible features", "Autoclear features".
 DIRTY, CORRUPT, DATA_FILE, COMPRESSION, EXTENDED_L2 = (1 << bit for bit in range(5))
