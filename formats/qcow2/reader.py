@@ -45,10 +45,10 @@ class Qcow2Disk(ImageDisk):
         self._limits = context.limits
         self._l1_place = (header.l1_offset, header.l1_size) if chosen is None else _snapshot_l1(chosen, self, context)
         self._refusal: DiskmorphError | None = None
-        self.files = (source, *self._data_file(context))
         self.info = _info(header, snapshots, source, context, self.size)
         self._l2 = L2Reader(source, header)
         self._judge = Judge(source, header, backed=header.backing is not None)
+        self.files = (source, *self._data_file(context))
         if len(self.files) > 1:
             self._judge.end = self.files[1].size
         self._l1: NDArray[np.uint64] | None = None

@@ -9,8 +9,8 @@ import pytest
 from contract.cases.qcow2 import COPIED, PACKED, handmade, packed_entry
 
 from diskmorph.formats.check import WARNING
-from diskmorph.formats.errors import OptionError, UnsupportedError
-from diskmorph.formats.qcow2 import check_image
+from diskmorph.formats.errors import DiskmorphError, OptionError, UnsupportedError
+from diskmorph.formats.qcow2 import check_image, open_image
 from diskmorph.formats.qcow2.references import Counter, compressed_ranges
 from diskmorph.formats.qcow2.survey import Survey
 from diskmorph.formats.registry import OpenContext
@@ -415,3 +415,27 @@ def test_a_sparse_file_of_many_tebibytes_is_checked_in_little_memory(tmp_path):
     report = checked(path)
     assert report.clean
     assert path.stat().st_size > 64 * KIB
+
+
+@pytest.mark.parametrize("options", ["cluster_size=4k", "extended_l2=on,cluster_size=16k", "cluster_size=512"])
+def test_mutated_metadata_is_read_or_refused_in_words(tmp_path, options):
+    image = Image(tmp_path, options, packed=True, snapshot=True)
+    run("qemu-img", "bitmap", "--add", image.path, "monday")
+    good = image.path.read_bytes()
+    for seed in range(120):
+        rng = random.Random(seed)
+        blob = bytearray(good)
+        for _ in range(rng.choice((1, 2, 9))):
+            blob[rng.choice((rng.randrange(112), rng.randrange(60_000)))] = rng.choice((0, 1, 128, 255))
+        if seed % 10 == 0:
+            del blob[rng.randrange(len(blob)) :]
+        for snapshot in (None, "before"):
+            try:
+                disk = open_image(BytesSource(blob), OpenContext(snapshot=snapshot))
+                sum(len(batch) for batch in disk.extents(0, min(disk.size, 1 << 36)))
+            except DiskmorphError as error:
+                assert error.problem
+        try:
+            check_image(BytesSource(blob), OpenContext(), "all")
+        except DiskmorphError as error:
+            assert error.problem
