@@ -96,6 +96,10 @@ class Node:
         self._children = loaded = found()  # type: ignore[operator]  # the other member of the union
         return loaded
 
+    def clear(self) -> None:
+        """Empty a directory, perhaps before it was ever read."""
+        self._children = {}
+
     def source(self, name: str = "file") -> ByteSource:
         """Return a regular file's bytes, holes as zeroes."""
         if len(self.pieces) == 1 and self.pieces[0].start == 0 and self.pieces[0].length == self.size:

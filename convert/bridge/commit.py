@@ -3,4 +3,5 @@
 from __future__ import annotations
 
 
-def commit(): ...
+def commit() -> None:
+    """Not there yet."""

@@ -1,6 +1,97 @@
-"""`extract`."""
+"""`extract`: the root file system of a disk becomes a directory, an archive or a container image."""
 
 from __future__ import annotations
 
+import os
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-def extract(): ...
+from diskmorph.convert.bridge.config import new_config
+from diskmorph.convert.bridge.options import ExtractOptions
+from diskmorph.convert.bridge.outputs import LAYER_TAR, Output, parse_output, write_image, write_tree
+from diskmorph.convert.bridge.pseudo import drop_pseudo, strip_boot
+from diskmorph.formats.allocator import Identity
+from diskmorph.formats.errors import DiskmorphError, OptionError
+from diskmorph.formats.oci.writer import NewImage, NewLayer
+from diskmorph.formats.registry import open_disk
+from diskmorph.formats.roots import open_root
+from diskmorph.formats.tar import tar_disk
+from diskmorph.formats.tree import Tree
+from diskmorph.formats.trees import open_tree, tree_format
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from diskmorph.convert.options import ConvertReport, Progress
+    from diskmorph.formats.disk import Disk
+
+
+def extract(
+    source: str | os.PathLike[str] | Disk | Tree,
+    target: str | os.PathLike[str],
+    *,
+    options: ExtractOptions | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> ConvertReport:
+    """Extract a disk's root file system; `source` may also be an ISO, an archive, an open Disk or Tree.
+
+    The root is found by partition type, else by its content; what its fstab mounts from the same disk is merged. DST is
+    NAME.tar, a directory, `oci:DIR`, `oci-archive:FILE` or `docker-archive:FILE`. Raises DiskmorphError.
+    """
+    options = options or ExtractOptions()
+    begun = time.monotonic()
+    output = parse_output(os.fspath(target), options.convert.target_format)
+    tree = source if isinstance(source, Tree) else open_source_tree(source, options)
+    try:
+        drop_pseudo(tree)
+        if options.strip_boot:
+            strip_boot(tree)
+        if output.is_image:
+            report = _write_image(tree, output, options, on_progress)
+        else:
+            report = write_tree(tree, output, options.convert, on_progress)
+        for opened in tree.sources:
+            opened.verify_unchanged()
+    finally:
+        if tree is not source:
+            tree.close()
+    return replace(report, source=tree.name, target=os.fspath(target), seconds=time.monotonic() - begun)
+
+
+def open_source_tree(source: str | os.PathLike[str] | Disk, options: ExtractOptions) -> Tree:
+    """Open what is to be extracted as a tree: a disk's root, or what is a tree already. Raises DiskmorphError."""
+    wanted = options.convert
+    if isinstance(source, str | os.PathLike):
+        kind = wanted.source_format or tree_format(source)
+        if kind in {"directory", "tar", "iso", "oci", "oci-archive", "docker-archive"}:
+            if options.partition is not None:
+                raise OptionError(f"{os.fspath(source)} is no disk", hint="leave --partition out")
+            return open_tree(source, format=kind, platform=options.platform, limits=wanted.limits)
+        disk = open_disk(source, format=wanted.source_format, parents=wanted.parents, limits=wanted.limits)
+    else:
+        disk = source
+    try:
+        return open_root(disk, partition=options.partition, limits=wanted.limits)
+    except DiskmorphError as error:
+        if disk is not source:
+            disk.close()
+        raise error.located(file=disk.name) from error.__cause__
+
+
+def _write_image(
+    tree: Tree, output: Output, options: ExtractOptions, on_progress: Callable[[Progress], None] | None
+) -> ConvertReport:
+    lost: list[str] = []
+    layer = tar_disk(tree.walk(ordered=True), LAYER_TAR, lost)
+    identity = Identity(b"diskmorph" if options.convert.reproducible else None)
+    image = NewImage(config=new_config(tree, options, identity), layers=[NewLayer(layer)], compress=options.compress)
+    report = write_image(
+        image,
+        output,
+        options.convert,
+        total=layer.size,
+        on_progress=on_progress,
+        mtime=int(identity.time()) if options.convert.reproducible else 0,
+    )
+    return replace(report, lost=(*tree.lost, *lost))

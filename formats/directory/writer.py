@@ -77,6 +77,11 @@ class DirectoryTarget:
         if lost is not None:
             lost.extend(f"{what} of {count} files" for what, count in sorted(writer.refused.items()))
 
+    @property
+    def part(self) -> Path:
+        """Where the directory is being built: for those who write something else than a tree into it."""
+        return self._part
+
     def commit(self) -> None:
         """Give the directory its name."""
         try:

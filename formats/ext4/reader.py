@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from diskmorph.formats.limits import Limits
 
 _IN_BLOCK = 60  # bytes of an inode that hold a short link, or the start of inline data
+_MOST_BLOCKS = 1 << 32  # of a file
 _LONGEST_LINK = 65536
 _LARGEST_VALUE = 65536  # of an extended attribute
 _KINDS = frozenset((*s.FILE_TYPES,))
@@ -88,6 +89,8 @@ class _Reader:
             raise self._volume.error(
                 f"inode {inode.number} has a name, but is unused or damaged", "inode", 0, found=oct(inode.mode)
             )
+        if inode.size > _MOST_BLOCKS * self._volume.block_size:
+            raise self._volume.error(f"inode {inode.number} is damaged", "inode", 0, field="size", found=inode.size)
         if inode.flags & s.ENCRYPT_FL:
             raise UnsupportedError(
                 f"inode {inode.number} is encrypted", feature="encrypt", file=self._volume.source.name, format="ext4"

@@ -102,9 +102,10 @@ class _Plan:
                 self._nodes.append(node)
                 if kind == stat.S_IFREG:
                     size, pieces = node.size, tuple(node.pieces)
-        records = self._records(name, link, node, size) if flag != s.HARD else self._records(name, link, None, 0)
+        sparse = b""
         if pieces is not None and self._is_sparse(size, pieces):
-            size, records = self._sparse(name, size, pieces, records)
+            size, sparse = self._sparse(name, size, pieces)
+        records = self._records(name, link, node if flag != s.HARD else None, size) + sparse
         if records:
             self._pax[len(self._names)] = records
         major, minor = node.rdev if kind in {stat.S_IFCHR, stat.S_IFBLK} else (0, 0)
@@ -152,7 +153,7 @@ class _Plan:
         least = self._options.sparse
         return least is not None and size >= least and size - sum(piece.length for piece in pieces) >= least
 
-    def _sparse(self, name: bytes, size: int, pieces: tuple[Piece, ...], records: bytes) -> tuple[int, bytes]:
+    def _sparse(self, name: bytes, size: int, pieces: tuple[Piece, ...]) -> tuple[int, bytes]:
         """Note the sparse map (format 1.0); return the stored size and the records."""
         ranges = [(piece.start, piece.length) for piece in pieces]
         if not ranges or sum(ranges[-1]) < size:
@@ -161,7 +162,7 @@ class _Plan:
         self._maps[len(self._names)] = text + bytes(-len(text) % s.BLOCK)
         stored = len(self._maps[len(self._names)]) + sum(piece.length for piece in pieces)
         words = ((b"major", b"1"), (b"minor", b"0"), (b"name", name), (b"realsize", b"%d" % size))
-        return stored, records + b"".join(record(b"GNU.sparse." + key, value) for key, value in words)
+        return stored, b"".join(record(b"GNU.sparse." + key, value) for key, value in words)
 
     def disk(self) -> Disk:
         """Return the archive."""
@@ -258,3 +259,15 @@ def _headers(names: list[bytes], links: list[bytes], table: NDArray[np.int64]) -
     rows["chksum"][:, :7] = s.to_octal(sums, 7)
     rows["chksum"][:, 7] = 32
     return rows
+
+
+def header_bytes(name: bytes, size: int, mtime: int = 0) -> bytes:
+    """Return the header of one regular file with a short name, 512 bytes; sizes above 8 GiB in base-256 (GNU)."""
+    table = np.array([[0o644, 0, 0, size if size <= _MOST_SIZE else 0, mtime, s.REGULAR, 0, 0]], np.int64)
+    rows = _headers([name], [b""], table)
+    if size > _MOST_SIZE:
+        field = b"\x80" + size.to_bytes(11, "big")
+        rows["size"][0] = np.frombuffer(field, np.uint8)
+        rows["chksum"][0] = np.frombuffer(b" " * 8, np.uint8)
+        rows["chksum"][0, :7] = s.to_octal(s.checksums(rows)[0], 7)[0]
+    return rows.tobytes()

@@ -1,0 +1,178 @@
+"""Finds the root file system of a disk, and merges what its fstab mounts on it (/boot, /usr, /var, ...)."""
+
+from __future__ import annotations
+
+import platform
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from diskmorph.formats import fsprobe, gpt
+from diskmorph.formats.errors import DiskmorphError, FormatError, OptionError
+from diskmorph.formats.views import Slice
+from diskmorph.formats.volumes import open_volume, readable, unsupported
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from diskmorph.formats.disk import Disk
+    from diskmorph.formats.fsprobe import FileSystem
+    from diskmorph.formats.gpt import Partition
+    from diskmorph.formats.limits import Limits
+    from diskmorph.formats.tree import Tree
+
+# Discoverable Partitions Specification; the machine's own architecture comes first.
+ROOT_TYPES = {
+    "x86_64": "4F68BCE3-E8CD-4DB1-96E7-FBCAF984B709",
+    "aarch64": "B921B045-1DF0-41C3-AF44-4C6F280D3FAE",
+    "i686": "44479540-F297-41B2-9AF7-D131D5F0458A",
+    "armv7l": "69DAD710-2CE4-4E3C-B16C-21A1D49ABED3",
+    "riscv64": "72EC70A6-CF74-40E6-BD49-4BDA08E8F224",
+    "ppc64le": "C31C45E6-3F39-412E-80FB-4809C4980599",
+    "s390x": "5EEAD9A9-FE09-4A1E-A1D7-520D00531306",
+}
+_ENCRYPTED = ("luks", "bitlocker", "mdraid", "lvm2")
+_LARGEST_FSTAB = 1 << 20
+_NOT_MERGED = (b"/", b"/proc", b"/sys", b"/dev", b"/run", b"/tmp")
+
+
+@dataclass(frozen=True, slots=True)
+class Volume:
+    """A partition, or a whole disk (`partition` None), and the file system that it holds."""
+
+    disk: Disk
+    partition: Partition | None
+    filesystem: FileSystem | None
+
+    def open(self, limits: Limits | None) -> Tree:
+        """Return its tree."""
+        return open_volume(self.disk, limits=limits)
+
+
+def volumes_of(disk: Disk) -> list[Volume]:
+    """Return the partitions of a disk with what they hold; the disk itself where it has no partition table."""
+    whole = fsprobe.probe(disk)
+    if whole is not None and readable(whole) and whole.type != "iso9660":
+        return [Volume(disk, None, whole)]
+    table = gpt.read_table(disk)
+    if table is None or not table.partitions:
+        return [Volume(disk, None, whole)]
+    found = []
+    for partition in table.partitions:
+        if partition.stop > disk.size or not partition.length or partition.type in {"0x05", "0x0f", "0x85"}:
+            continue
+        part = Slice(disk, partition.start, partition.length, f"{disk.name}, partition {partition.number}")
+        found.append(Volume(part, partition, fsprobe.probe(part)))
+    return found
+
+
+def open_root(disk: Disk, *, partition: int | None = None, limits: Limits | None = None) -> Tree:
+    """Return the tree of a disk's root file system, with what its fstab mounts on it from the same disk.
+
+    `partition` decides by its number, and nothing is merged. The tree owns the disk. Raises OptionError (no such
+    partition, no root found), UnsupportedError (encryption, RAID and the like, by name), FormatError.
+    """
+    volumes = volumes_of(disk)
+    if partition is not None:
+        return _numbered(disk, volumes, partition).open(limits)
+    if len(volumes) == 1 and volumes[0].partition is None:
+        return volumes[0].open(limits)
+    root = _root_of(disk, volumes, limits)
+    for volume, place in _mounts(root, volumes):
+        _merge(root, volume, place, limits)
+    return root
+
+
+def _numbered(disk: Disk, volumes: Sequence[Volume], number: int) -> Volume:
+    found = next((v for v in volumes if v.partition is not None and v.partition.number == number), None)
+    if found is None:
+        numbers = ", ".join(str(v.partition.number) for v in volumes if v.partition is not None)
+        raise OptionError(f"{disk.name} has no partition {number}", hint=f"it has {numbers or 'none'}")
+    return found
+
+
+def _root_of(disk: Disk, volumes: Sequence[Volume], limits: Limits | None) -> Tree:
+    own = ROOT_TYPES.get(platform.machine())
+    for types in ({own}, set(ROOT_TYPES.values())):
+        typed = [v for v in volumes if v.partition is not None and v.partition.type in types]
+        if typed:
+            return typed[0].open(limits)
+    candidates = [v for v in volumes if readable(v.filesystem)]
+    trees: list[Tree] = []
+    failure: DiskmorphError | None = None
+    for volume in candidates:
+        try:
+            tree = volume.open(limits)
+            if tree.find("etc/fstab") is not None and _has_release(tree):
+                return tree
+            trees.append(tree)
+        except FormatError as error:
+            failure = error
+    likely = [tree for tree in trees if _has_release(tree) or tree.find("etc/passwd") is not None]
+    if likely:
+        return likely[0]
+    if len(trees) == 1:
+        return trees[0]
+    if failure is not None:
+        raise failure
+    refused = next((v for v in volumes if v.filesystem is not None and v.filesystem.type in _ENCRYPTED), None)
+    if refused is not None and refused.filesystem is not None:
+        raise unsupported(refused.filesystem.type, refused.disk.name)
+    raise _no_root(disk, volumes)
+
+
+def _no_root(disk: Disk, volumes: Sequence[Volume]) -> OptionError:
+    held = ", ".join(
+        f"{v.partition.number}: {v.filesystem.type if v.filesystem else 'nothing known'}"
+        for v in volumes
+        if v.partition is not None
+    )
+    return OptionError(f"{disk.name} has no partition that looks like a root", hint=f"choose by --partition N ({held})")
+
+
+def _has_release(tree: Tree) -> bool:
+    return any(tree.find(name) is not None for name in ("etc/os-release", "usr/lib/os-release"))
+
+
+def _mounts(root: Tree, volumes: Sequence[Volume]) -> Iterator[tuple[Volume, bytes]]:
+    """Yield the volumes that the root's fstab mounts, with their places, the outer before the inner."""
+    node = root.find("etc/fstab")
+    if node is None or node.kind != 0o100000 or node.size > _LARGEST_FSTAB:
+        return
+    found = []
+    for line in node.read().splitlines():
+        words = line.split()
+        if len(words) < 3 or words[0].startswith(b"#") or not words[1].startswith(b"/"):
+            continue
+        place = re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8) & 255]), words[1]).rstrip(b"/") or b"/"
+        volume = next((v for v in volumes if _is(v, words[0].decode("utf-8", "replace"))), None)
+        if volume is not None and place not in _NOT_MERGED and words[2] != b"swap" and readable(volume.filesystem):
+            found.append((volume, place))
+    yield from sorted(found, key=lambda mount: mount[1].count(b"/"))
+
+
+def _is(volume: Volume, device: str) -> bool:
+    """Return whether an fstab's first word means this volume."""
+    partition, held = volume.partition, volume.filesystem
+    if partition is None or held is None:
+        return False
+    device = device.removeprefix("/dev/disk/by-")
+    kind, _, value = device.replace("/", "=", 1).partition("=") if "=" not in device else device.partition("=")
+    value = value.strip('"')
+    same = {
+        "uuid": held.uuid,
+        "label": held.label,
+        "partuuid": partition.uuid,
+        "partlabel": partition.name or None,
+    }.get(kind.lower())
+    if same is not None:
+        return same.lower() == value.lower()
+    return re.fullmatch(rf"/dev/(?:[svhx]+d[a-z]+|(?:nvme\dn\d|mmcblk\d)p){partition.number}", device) is not None
+
+
+def _merge(root: Tree, volume: Volume, place: bytes, limits: Limits | None) -> None:
+    tree = volume.open(limits)
+    root.remove(place)
+    root.put(place, tree.root)
+    tree.root.children.pop(b"lost+found", None)
+    root.lost.extend(tree.lost)
