@@ -194,7 +194,7 @@ class OvfPackage(Package):
         entry, _ = identify(source)
         claimed = format_of_suffix(href.removesuffix(".gz"))
         uri = (ref.format or "").lower()
-        word = next((name for mark, name in _CLAIMS if mark in uri), None) or (claimed.name if claimed else None)
+        word = claimed.name if claimed else next((name for mark, name in _CLAIMS if mark in uri), None)
         if entry.name != RAW.name or word in {None, RAW.name, "iso"}:
             return None
         raise FormatError(
