@@ -16,7 +16,7 @@ from construct import Const, Int8ub, Int32ub, Int64ub, Padding, Struct
 from diskmorph.formats.check import CheckReport
 from diskmorph.formats.disk import ImageDisk, ImageInfo, ParentRef
 from diskmorph.formats.errors import FormatError, OptionError, SourceError, UnsupportedError
-from diskmorph.formats.extents import ABSENT, DATA, DEFLATE, EXTENT, HOLE, PLAIN, ZERO, clip, row
+from diskmorph.formats.extents import ABSENT, DATA, DEFLATE, EXTENT, HOLE, PLAIN, clip, row
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -272,31 +272,24 @@ class QcowDisk(ImageDisk):
         return rows
 
     def _within(self, rows: NDArray[np.void]) -> NDArray[np.void]:
-        """Refuse data beyond the file's end; what a file that ends inside its last cluster lacks reads as zeroes."""
-        source, cluster = self.files[0], self._header.cluster
+        """Refuse data beyond the file's end: QEMU writes whole clusters."""
+        source = self.files[0]
         packed = rows["codec"] != PLAIN
         ends = rows["offset"] + np.where(packed, rows["stored"].astype(_U), rows["length"])
         data = rows["kind"] == DATA
-        wrong = data & packed & (rows["stored"] == 0)
-        beyond = np.flatnonzero(data & (ends > _U(source.size)) | wrong)
+        beyond = np.flatnonzero(data & ((ends > _U(source.size)) | packed & (rows["stored"] == 0)))
         if not len(beyond):
             return rows
         worst = rows[beyond[0]]
-        lacking = int(ends[beyond[0]]) - source.size
-        if source.size % 512 or len(beyond) > 1 or packed[beyond[0]] or lacking >= min(cluster, int(worst["length"])):
-            raise _bad(
-                f"the image is truncated: the data of disk offset {int(worst['start'])} lies beyond its end",
-                source,
-                "data cluster",
-                field="offset",
-                offset=int(worst["offset"]),
-                expected=f"{int(ends[beyond[0]]) - int(worst['offset'])} bytes",
-                found=f"the end at {source.size}",
-            )
-        index = int(beyond[0])
-        out = np.concatenate((rows[: index + 1], row(int(worst["start"] + worst["length"]) - lacking, lacking, ZERO)))
-        out["length"][index] -= _U(lacking)
-        return np.concatenate((out, rows[index + 1 :]))
+        raise _bad(
+            f"the image is truncated: the data of disk offset {int(worst['start'])} lies beyond its end",
+            source,
+            "data cluster",
+            field="offset",
+            offset=int(worst["offset"]),
+            expected=f"{int(ends[beyond[0]]) - int(worst['offset'])} bytes",
+            found=f"the end at {source.size}",
+        )
 
 
 def open_image(source: ByteSource, context: OpenContext) -> QcowDisk:

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from diskmorph.formats.check import ERROR, LEAK, WARNING, CheckReport
-from diskmorph.formats.errors import OptionError, UnsupportedError
+from diskmorph.formats.errors import FormatError, OptionError, UnsupportedError
 from diskmorph.formats.qcow2 import schema as s
 from diskmorph.formats.qcow2.flags import Singles, active_tables, wrong_flags
 from diskmorph.formats.qcow2.header import read_header
+from diskmorph.formats.qcow2.reader import open_image
 from diskmorph.formats.qcow2.refcounts import stored_refcounts
 from diskmorph.formats.qcow2.references import Counter, counted, data_references, metadata_counted
 from diskmorph.formats.qcow2.repair import plan_repair
@@ -49,6 +50,7 @@ def check_image(source: ByteSource, context: OpenContext, repair: str | None = N
         _check_window(survey, counter, singles, report)
         del counter
     _check_copied(survey, singles, report)
+    _check_tail(source, header, context, report)
     if repair is not None:
         plan_repair(survey, windows, repair, report)
     return report
@@ -64,6 +66,19 @@ def _check_bits(header: Header, report: CheckReport) -> None:
         report.add("header", 88, f"unknown autoclear features {unknown:#x}", WARNING)
     if header.extensions.bitmaps is not None and not header.autoclear & s.AUTOCLEAR_BITMAPS:
         report.add("header", 88, "the bitmaps are out of date: their autoclear bit is not set", WARNING)
+
+
+def _check_tail(source: ByteSource, header: Header, context: OpenContext, report: CheckReport) -> None:
+    """Report data that is missing where the file ends inside a cluster, which no count of clusters shows."""
+    if source.size % header.cluster == 0 or header.has_data_file or report.corruptions:
+        return
+    try:
+        for _ in open_image(source, context).extents():
+            pass
+    except FormatError as error:
+        report.add(error.structure or "data cluster", error.offset, error.problem)
+    except UnsupportedError:  # encrypted: where its data lies is not looked at
+        return
 
 
 def _first_pass(survey: Survey, report: CheckReport) -> tuple[list[int], Counter | None]:

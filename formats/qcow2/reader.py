@@ -9,11 +9,10 @@ import numpy as np
 
 from diskmorph.formats.disk import ImageDisk, ImageInfo, ParentRef
 from diskmorph.formats.errors import DiskmorphError, FormatError, PolicyError, SourceError, UnsupportedError
-from diskmorph.formats.extents import ABSENT, DATA, HOLE, PLAIN, ZERO, clip, row
+from diskmorph.formats.extents import ABSENT, DATA, HOLE, PLAIN, clip, row
 from diskmorph.formats.qcow2 import schema as s
 from diskmorph.formats.qcow2.extensions import read_bitmaps, read_snapshots
 from diskmorph.formats.qcow2.header import Header, Place, bad, read_header, require_table
-from diskmorph.formats.qcow2.refcounts import used_beyond
 from diskmorph.formats.qcow2.tables import Judge, L2Reader, chunks, l2_offsets, read_l1
 
 if TYPE_CHECKING:
@@ -53,7 +52,6 @@ class Qcow2Disk(ImageDisk):
             self._judge.end = self.files[1].size
         self._l1: NDArray[np.uint64] | None = None
         self._lock = threading.Lock()
-        self._tail_good = False
 
     @property
     def header(self) -> Header:
@@ -148,7 +146,11 @@ class Qcow2Disk(ImageDisk):
         raise error
 
     def _within(self, rows: NDArray[np.void]) -> NDArray[np.void]:
-        """Return the rows, data beyond the file's end refused; see `_tail` for what may be missing."""
+        """Return the rows, data beyond the file's end refused.
+
+        QEMU writes whole clusters (or subclusters): where a file ends inside one, what lies behind the disk's end may
+        be missing, but nothing that a guest can read.
+        """
         data = rows["kind"] == DATA
         plain = data & (rows["codec"] == PLAIN)
         ends = rows["offset"] + np.where(plain, rows["length"], np.uint64(1))
@@ -156,57 +158,17 @@ class Qcow2Disk(ImageDisk):
         beyond = np.flatnonzero(data & (ends > limit))
         if not len(beyond):
             return rows
-        return self._tail(rows, beyond)
-
-    def _tail(self, rows: NDArray[np.void], beyond: NDArray[np.int64]) -> NDArray[np.void]:
-        """Return the rows with what a file that ends inside its last data cluster lacks as zeroes.
-
-        QEMU leaves such files: what was never written is not there. It writes whole sectors, though: an end within one,
-        or anything else beyond the end, is a truncation.
-        """
-        part = rows[beyond]
-        end, cluster = self._judge.end, self._header.cluster
-        reach = -(-end // cluster) * cluster
-        inside = (part["codec"] == PLAIN) & (part["offset"] + part["length"] <= np.uint64(reach))
-        if end % 512 or not inside.all() or not self._ends_in_last_cluster():
-            worst = part[int(np.argmin(inside))]
-            raise bad(
-                f"the image is truncated: the data of disk offset {int(worst['start'])} lies beyond its end",
-                self.files[int(worst["file"])],
-                "data cluster",
-                field="offset",
-                offset=int(worst["offset"]),
-                expected=f"{int(worst['length'])} bytes",
-                found=f"the end at {self.files[int(worst['file'])].size}",
-            )
-        present = np.maximum(end - part["offset"].astype(np.int64), 0).astype(np.uint64)
-        missing = part.copy()
-        for name in ("offset", "file"):
-            missing[name] = 0
-        missing["kind"] = ZERO
-        missing["start"] += present
-        missing["length"] -= present
-        out = rows.copy()
-        out["length"][beyond] = present
-        out = np.insert(out, beyond + 1, missing)
-        return out[out["length"] > 0]
-
-    def _ends_in_last_cluster(self) -> bool:
-        """Whether the cluster that the file ends in is the last one in use, by the L2 tables and by the refcounts."""
-        if self._tail_good:
-            return True
-        reach = np.uint64(-(-self._judge.end // self._header.cluster) * self._header.cluster)
-        for rows in self._rows(0, self.size):
-            data = rows[rows["kind"] == DATA]
-            plain = data["codec"] == PLAIN
-            if ((data["offset"] + data["length"])[plain] > reach).any():
-                return False
-            if (data["offset"][~plain] >= np.uint64(self._source.size)).any():
-                return False
-        if not self._header.has_data_file and used_beyond(self._source, self._header):
-            return False
-        self._tail_good = True
-        return True
+        worst = rows[beyond[0]]
+        file = self.files[int(worst["file"])]
+        raise bad(
+            f"the image is truncated: the data of disk offset {int(worst['start'])} lies beyond its end",
+            file,
+            "data cluster",
+            field="offset",
+            offset=int(worst["offset"]),
+            expected=f"{int(worst['length'])} bytes",
+            found=f"the end at {file.size}",
+        )
 
 
 def _choose(snapshots: list[SnapshotEntry], wanted: str | None, source: ByteSource) -> SnapshotEntry | None:

@@ -47,16 +47,6 @@ def read_table(source: ByteSource, header: Header) -> NDArray[np.uint64]:
     ).astype(_U)
 
 
-def used_beyond(source: ByteSource, header: Header) -> bool:
-    """Return whether a refcount says that a cluster is in use behind the one that the file ends in."""
-    first = -(-source.size // header.cluster)
-    table = read_table(source, header) & ~_U(s.TABLE_RESERVED)
-    if (table + _U(header.cluster) > _U(source.size))[table != 0].any():
-        return True
-    last = (int(np.flatnonzero(table)[-1]) + 1) * header.block_entries if table.any() else 0
-    return any(counts.any() for _, counts in stored_refcounts(source, header, table, first, last - first))
-
-
 def stored_refcounts(
     source: ByteSource, header: Header, blocks: NDArray[np.uint64], base: int, count: int
 ) -> Iterator[tuple[int, NDArray[np.uint64]]]:

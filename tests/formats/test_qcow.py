@@ -113,9 +113,12 @@ def test_truncated_images_are_refused(tmp_path, keep):
     assert refused(path).structure
 
 
-def test_a_file_may_end_inside_its_last_cluster(tmp_path):
-    path = handmade(tmp_path / "a.qcow", 3 * CLUSTER, {0: MIB + CLUSTER, 2: MIB}, {MIB: b"z" * (CLUSTER + 1024)})
-    assert content(opened(path)) == b"z" * 1024 + bytes(2 * CLUSTER - 1024) + b"z" * CLUSTER
+def test_a_file_may_end_inside_its_last_cluster_only_where_the_disk_ends(tmp_path):
+    piece = {MIB: b"z" * (CLUSTER + 1024)}
+    path = handmade(tmp_path / "a.qcow", 2 * CLUSTER + 1024, {0: MIB, 2: MIB + CLUSTER}, piece)
+    assert content(opened(path)) == b"z" * CLUSTER + bytes(CLUSTER) + b"z" * 1024
+    path = handmade(tmp_path / "b.qcow", 2 * CLUSTER + 1536, {0: MIB, 2: MIB + CLUSTER}, piece)
+    assert refused(path).structure == "data cluster"
 
 
 def test_a_place_used_twice_is_found(tmp_path):

@@ -158,20 +158,20 @@ def crossing(folder: Path):
 
 
 def short_tail(folder: Path):
-    """A file that ends inside its last data cluster: the rest was never written and reads as zeroes."""
+    """A file that ends inside its last data cluster, where the disk ends: behind it nothing was ever written."""
     cluster = 1 << 16
-    entries = {2: 33 * cluster | COPIED, 5: 32 * cluster | COPIED}
+    entries = {2: 32 * cluster | COPIED, 5: 33 * cluster | COPIED}
     first, last = data("first", cluster), data("last", 5120)
     path = handmade(
         folder / "short.qcow2",
-        6 * cluster,
+        5 * cluster + 5120,
         entries,
         {32 * cluster: first, 33 * cluster: last},
         end=33 * cluster + 5120,
     )
-    want = bytearray(6 * cluster)
-    want[2 * cluster : 2 * cluster + 5120] = last
-    want[5 * cluster :] = first
+    want = bytearray(5 * cluster + 5120)
+    want[2 * cluster : 3 * cluster] = first
+    want[5 * cluster :] = last
     return path, bytes(want)
 
 
