@@ -224,6 +224,8 @@ def _report_lines(report: ConvertReport, out: Output, *, dry: bool) -> Iterator[
         yield "  read back and compared: the same content"
     if report.digest:
         yield f"  sha256 {report.digest}"
+    for name, value in report.properties.items():
+        yield f"  property {name}={value}"
     if out.verbose and len(report.members) > 1:
         for member in report.members:
             yield f"  member {member}"

@@ -70,7 +70,16 @@ def perform(
         notes=plan.notes,
         digest=digest,
         members=tuple(plan.allocator.members),
+        properties=_properties(plan),
     )
+
+
+def _properties(plan: Plan) -> dict[str, str]:
+    if plan.options.profile != "openstack":
+        return {}
+    from diskmorph.convert.cloud_facts import glance_properties  # noqa: PLC0415 - only when asked for
+
+    return glance_properties(plan.disk)
 
 
 def _perform(

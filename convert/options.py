@@ -99,6 +99,8 @@ class ConvertReport:
     notes: tuple[str, ...] = ()
     digest: str | None = None
     members: tuple[str, ...] = ()
+    properties: Mapping[str, str] = field(default_factory=dict)
+    """What the importer must be told of the image (`--for openstack`)."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the JSON object of docs/json.md."""
@@ -106,6 +108,9 @@ class ConvertReport:
         report["lost"] = list(self.lost)
         report["notes"] = list(self.notes)
         report["members"] = list(self.members)
+        report["properties"] = dict(self.properties)
+        if not self.properties:
+            del report["properties"]
         return report
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from diskmorph.convert.opening import Opened, open_source
-from diskmorph.convert.targets import Profile, applied, padded
+from diskmorph.convert.targets import Profile, applied, changes, padded
 from diskmorph.formats.allocator import Allocator, Identity, NewImage, NewParent
 from diskmorph.formats.errors import FormatError, OptionError, TargetError
 from diskmorph.formats.extents import DEFLATE
@@ -55,8 +55,8 @@ def make_plan(source: str | os.PathLike[str] | Disk, target: str | os.PathLike[s
 
     Raises OptionError (nothing says which format), TargetError (the size cannot be had), and what opening raises.
     """
-    options, profile = applied(options)
     name = os.fspath(target)
+    options, profile = applied(options, name)
     entry = target_format(name, options)
     opened = open_source(
         source,
@@ -73,7 +73,11 @@ def make_plan(source: str | os.PathLike[str] | Disk, target: str | os.PathLike[s
         allocator = new_allocator(entry, disk, name, options, base)
         disk = grown(disk, allocator.size)
         lost, notes = _losses(opened, disk, entry, allocator)
-        notes += _ambiguity(opened, options)
+        notes += _ambiguity(opened, options) + changes(profile, options, name, opened.disk.size, disk.size)
+        if profile is not None:
+            from diskmorph.convert.cloud_facts import remarks  # noqa: PLC0415 - only with --for
+
+            notes += remarks(profile.name, disk)
         return Plan(opened, disk, name, entry, allocator, options, base, lost, notes)
     except BaseException:
         opened.close()

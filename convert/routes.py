@@ -65,6 +65,30 @@ def _package_to_folder(asked: Asked) -> bool:
     return kind in {"ova", "ovf"}
 
 
+def _shape(asked: Asked) -> str:
+    """Return what stands round the disk for the target of `--for`, "disk" where nothing does."""
+    if asked.options.profile is None:
+        return "disk"
+    from diskmorph.convert.targets import profile_named  # noqa: PLC0415 - only with --for
+
+    profile = profile_named(asked.options.profile)
+    if profile.shape == "gcp" and (asked.options.target_format == "raw" or asked.target.lower().endswith(_RAW)):
+        return "disk"  # the bare disk.raw, to be packed by someone else
+    return profile.shape
+
+
+_RAW = (".raw", ".img", ".dd", ".bin")
+_TREES = frozenset({"wsl", "firecracker"})
+
+
+def _to_tree_shape(asked: Asked) -> bool:
+    return _shape(asked) in _TREES
+
+
+def _to_disk_shape(asked: Asked) -> bool:
+    return _shape(asked) not in {"disk", *_TREES}
+
+
 class Route(NamedTuple):
     """A way: taken when `takes` says so; `function` of `module` is called as `convert` is."""
 
@@ -74,6 +98,8 @@ class Route(NamedTuple):
 
 
 ROUTES: tuple[Route, ...] = (
+    Route(_to_tree_shape, "diskmorph.convert.cloud_trees", "tree_to_shape"),
+    Route(_to_disk_shape, "diskmorph.convert.cloud", "disk_to_shape"),
     Route(_to_iso, "diskmorph.convert.iso", "tree_to_iso"),
     Route(_from_iso, "diskmorph.convert.iso", "iso_to_disk"),
     Route(_to_package, "diskmorph.convert.packages", "disks_to_package"),
