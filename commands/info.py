@@ -103,7 +103,9 @@ def _facts(report: dict[str, Any], *, verbose: bool) -> list[tuple[str, str]]:
         marks = [f"{signature['what']} at {signature['offset']}" for signature in report["signatures"]]
         facts.append(("signatures", ", ".join(marks) or "none"))
     if report["filesystem"]:
-        facts.append(("contains", _filesystem_text(report["filesystem"])))
+        facts.append(("contains", _filesystem_text(report)))
+    if report["os"]:
+        facts.append(("system", report["os"]["name"] or f"{report['os']['id']} {report['os']['version_id']}"))
     return facts
 
 
@@ -122,11 +124,11 @@ def _parent_text(parent: dict[str, Any]) -> str:
     return names + (f" ({parent['format']})" if parent["format"] else "")
 
 
-def _filesystem_text(filesystem: dict[str, Any] | None) -> str:
-    if filesystem is None:
+def _filesystem_text(place: dict[str, Any]) -> str:
+    if place["filesystem"] is None:
         return "-"
-    label = f" {filesystem['label']!r}" if filesystem["label"] else ""
-    return f"{filesystem['type']}{label}"
+    label = f" {place['filesystem_label']!r}" if place["filesystem_label"] else ""
+    return f"{place['filesystem']}{label}"
 
 
 def _partition_lines(report: dict[str, Any]) -> Iterator[str]:
@@ -139,7 +141,7 @@ def _partition_lines(report: dict[str, Any]) -> Iterator[str]:
             str(partition["number"]),
             str(partition["start"]),
             size_text(partition["length"]),
-            _filesystem_text(partition["filesystem"]),
+            _filesystem_text(partition),
             partition["type_name"] + (", bootable" if partition["bootable"] else ""),
             partition["name"],
         )

@@ -30,15 +30,17 @@ class Content:
     filesystems: dict[int, FileSystem] = field(default_factory=dict)
     whole: FileSystem | None = None
     warnings: tuple[str, ...] = ()
+    os: dict[str, str] | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the keys `partition_table`, `partitions` and `filesystem` of docs/json.md."""
+        """Return the keys `partition_table`, `partitions`, `filesystem...` and `os` of docs/json.md."""
         table = self.table
         return {
             "partition_table": table
             and {"scheme": table.scheme, "id": table.disk_id, "sector_size": table.sector_size},
             "partitions": [self._partition(partition) for partition in table.partitions] if table else [],
-            "filesystem": self.whole and asdict(self.whole),
+            **_filesystem(self.whole),
+            "os": self.os,
         }
 
     def _partition(self, partition: Partition) -> dict[str, Any]:
@@ -52,8 +54,16 @@ class Content:
             "length": partition.length,
             "uuid": partition.uuid,
             "bootable": partition.bootable,
-            "filesystem": inside and asdict(inside),
+            **_filesystem(inside),
         }
+
+
+def _filesystem(found: FileSystem | None) -> dict[str, Any]:
+    return {
+        "filesystem": found and found.type,
+        "filesystem_label": found and found.label,
+        "filesystem_uuid": found and found.uuid,
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +221,21 @@ def look_inside(disk: Disk) -> Content:
         if found is not None and not partition.type_name.startswith("extended"):
             filesystems[partition.number] = found
     whole = _probe(disk, 0, disk.size, "the whole disk", warnings)
-    return Content(table, filesystems, whole, tuple(warnings))
+    return Content(table, filesystems, whole, tuple(warnings), _system(disk, [*filesystems.values(), whole]))
+
+
+def _system(disk: Disk, held: Sequence[FileSystem | None]) -> dict[str, str] | None:
+    """Return which system lies on the disk's root, None where none is found: a probe, so no fault counts."""
+    from diskmorph.formats.volumes import readable  # noqa: PLC0415
+
+    if not any(readable(found) for found in held):
+        return None
+    from diskmorph.formats.roots import open_root, os_of  # noqa: PLC0415 - loads a file system's reader
+
+    try:
+        return os_of(open_root(disk))
+    except DiskmorphError:
+        return None
 
 
 def _probe(disk: Disk, start: int, length: int, what: str, warnings: list[str]) -> FileSystem | None:

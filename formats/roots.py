@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from diskmorph.formats import fsprobe, gpt
-from diskmorph.formats.errors import DiskmorphError, FormatError, OptionError
+from diskmorph.formats.errors import DiskmorphError, FormatError, SourceError
 from diskmorph.formats.views import Slice
 from diskmorph.formats.volumes import open_volume, readable, unsupported
 
@@ -32,7 +32,7 @@ ROOT_TYPES = {
     "s390x": "5EEAD9A9-FE09-4A1E-A1D7-520D00531306",
 }
 _ENCRYPTED = ("luks", "bitlocker", "mdraid", "lvm2")
-_LARGEST_FSTAB = 1 << 20
+_LARGEST_TEXT = 1 << 20
 _NOT_MERGED = (b"/", b"/proc", b"/sys", b"/dev", b"/run", b"/tmp")
 
 
@@ -69,7 +69,7 @@ def volumes_of(disk: Disk) -> list[Volume]:
 def open_root(disk: Disk, *, partition: int | None = None, limits: Limits | None = None) -> Tree:
     """Return the tree of a disk's root file system, with what its fstab mounts on it from the same disk.
 
-    `partition` decides by its number, and nothing is merged. The tree owns the disk. Raises OptionError (no such
+    `partition` decides by its number, and nothing is merged. The tree owns the disk. Raises SourceError (no such
     partition, no root found), UnsupportedError (encryption, RAID and the like, by name), FormatError.
     """
     volumes = volumes_of(disk)
@@ -87,7 +87,7 @@ def _numbered(disk: Disk, volumes: Sequence[Volume], number: int) -> Volume:
     found = next((v for v in volumes if v.partition is not None and v.partition.number == number), None)
     if found is None:
         numbers = ", ".join(str(v.partition.number) for v in volumes if v.partition is not None)
-        raise OptionError(f"{disk.name} has no partition {number}", hint=f"it has {numbers or 'none'}")
+        raise SourceError(f"has no partition {number}", file=disk.name, hint=f"it has {numbers or 'none'}")
     return found
 
 
@@ -121,23 +121,50 @@ def _root_of(disk: Disk, volumes: Sequence[Volume], limits: Limits | None) -> Tr
     raise _no_root(disk, volumes)
 
 
-def _no_root(disk: Disk, volumes: Sequence[Volume]) -> OptionError:
+def _no_root(disk: Disk, volumes: Sequence[Volume]) -> SourceError:
     held = ", ".join(
         f"{v.partition.number}: {v.filesystem.type if v.filesystem else 'nothing known'}"
         for v in volumes
         if v.partition is not None
     )
-    return OptionError(f"{disk.name} has no partition that looks like a root", hint=f"choose by --partition N ({held})")
+    return SourceError(
+        "has no partition that looks like a root", file=disk.name, hint=f"choose by --partition N ({held})"
+    )
 
 
 def _has_release(tree: Tree) -> bool:
     return any(tree.find(name) is not None for name in ("etc/os-release", "usr/lib/os-release"))
 
 
+def os_of(tree: Tree) -> dict[str, str] | None:
+    """Return `id`, `version_id` and `name` (PRETTY_NAME) of a root's os-release; None where there is none."""
+    found = os_release(tree)
+    if not found:
+        return None
+    return {
+        "id": found.get("ID", "linux"),
+        "version_id": found.get("VERSION_ID", ""),
+        "name": found.get("PRETTY_NAME", ""),
+    }
+
+
+def os_release(tree: Tree) -> dict[str, str]:
+    """Return the fields of a root's os-release; empty where there is none."""
+    node = tree.find("etc/os-release") or tree.find("usr/lib/os-release")
+    if node is None or node.kind != 0o100000 or node.size > _LARGEST_TEXT:
+        return {}
+    found = {}
+    for line in node.read().decode("utf-8", "replace").splitlines():
+        name, sign, value = line.strip().partition("=")
+        if sign and name and not name.startswith("#"):
+            found[name] = value.strip("\"'")
+    return found
+
+
 def _mounts(root: Tree, volumes: Sequence[Volume]) -> Iterator[tuple[Volume, bytes]]:
     """Yield the volumes that the root's fstab mounts, with their places, the outer before the inner."""
     node = root.find("etc/fstab")
-    if node is None or node.kind != 0o100000 or node.size > _LARGEST_FSTAB:
+    if node is None or node.kind != 0o100000 or node.size > _LARGEST_TEXT:
         return
     found = []
     for line in node.read().splitlines():

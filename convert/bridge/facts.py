@@ -6,6 +6,8 @@ import hashlib
 import platform
 from typing import TYPE_CHECKING
 
+from diskmorph.formats.roots import os_release
+
 if TYPE_CHECKING:
     from diskmorph.formats.tree import Node, Tree
 
@@ -57,17 +59,6 @@ def read_text(tree: Tree, path: str) -> str | None:
     return node.read().decode("utf-8", "replace")
 
 
-def os_release(tree: Tree) -> dict[str, str]:
-    """Return the fields of os-release; empty where there is none."""
-    text = read_text(tree, "etc/os-release") or read_text(tree, "usr/lib/os-release") or ""
-    found = {}
-    for line in text.splitlines():
-        name, sign, value = line.strip().partition("=")
-        if sign and name and not name.startswith("#"):
-            found[name] = value.strip("\"'")
-    return found
-
-
 def seed_of(tree: Tree) -> bytes:
     """Return a hash of everything in the tree, content included: what identifiers of reproducible builds come from."""
     found = hashlib.blake2b(digest_size=32)
@@ -82,3 +73,6 @@ def seed_of(tree: Tree) -> bytes:
                 for at in range(0, piece.length, _STEP):
                     found.update(piece.source.read(piece.offset + at, min(_STEP, piece.length - at)))
     return found.digest()
+
+
+__all__ = ["architecture", "os_release", "read_text", "seed_of"]

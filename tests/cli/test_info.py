@@ -33,7 +33,7 @@ def test_partitions_are_found_through_any_format(here: Path) -> None:
         (1, "root", MIB, 8 * MIB),
         (2, "EFI", 9 * MIB, 4 * MIB),
     ]
-    assert want[0]["filesystem"]["type"] == "ext4" and want[0]["filesystem"]["label"] == "the root"
+    assert want[0]["filesystem"] == "ext4" and want[0]["filesystem_label"] == "the root"
     assert want[1]["filesystem"] is None
     for form in ("qcow2", "vmdk", "vdi", "vpc", "vhdx"):
         run("qemu-img", "convert", "-O", form, *(["-c"] if form == "qcow2" else []), "disk.raw", f"disk.{form}")
