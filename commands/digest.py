@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", metavar="IMG", help="the image")
     parser.add_argument("--tree", action="store_true", help="a parallel tree hash instead")
     parser.add_argument("--snapshot", metavar="NAME", help="an internal snapshot")
+    parser.add_argument("--disk", type=int, metavar="N", help="one of a package's disks, from 1")
     add_source(parser)
     add_output(parser)
 
@@ -43,6 +44,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
             format=args.format,
             parents=parents_of(args),
             snapshot=args.snapshot,
+            disk=args.disk,
             tree=args.tree,
             on_progress=tell,
         )

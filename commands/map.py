@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", metavar="IMG", help="the image")
     parser.add_argument("--plot", metavar="FILE", help="write the drawing to FILE.png or FILE.svg")
     parser.add_argument("--snapshot", metavar="NAME", help="an internal snapshot")
+    parser.add_argument("--disk", type=int, metavar="N", help="one of a package's disks, from 1")
     parser.add_argument("--force", action="store_true", help="replace an existing FILE")
     add_source(parser)
     add_output(parser, progress=False)
@@ -47,7 +48,9 @@ def run(args: argparse.Namespace, out: Output) -> int:
         from diskmorph.commands.plot import require_suffix
 
         require_suffix(args.plot)
-    with open_disk(args.image, format=args.format, parents=parents_of(args), snapshot=args.snapshot) as disk:
+    with open_disk(
+        args.image, format=args.format, parents=parents_of(args), snapshot=args.snapshot, disk=args.disk
+    ) as disk:
         found = tally(disk, 4096)  # the whole map is read once before anything is printed: it may be damaged
         if args.plot:
             from diskmorph.commands.plot import write_plot

@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compress", metavar="CODEC[:LEVEL]", help="compress by deflate or zstd")
     parser.add_argument("-S", dest="zero_unit", metavar="SIZE", default="4k", help="unit of zero detection; 0: off")
     parser.add_argument("--snapshot", metavar="NAME", help="an internal snapshot as the source")
+    parser.add_argument("--disk", type=int, metavar="N", help="one of a package's disks, from 1")
     parser.add_argument("--size", metavar="SIZE", help="another virtual size")
     add_source(parser)
     add_output(parser)
@@ -49,6 +50,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
         format_options=format_options(args.options),
         compress=args.compress or ("default" if args.compressed else None),
         snapshot=args.snapshot,
+        disk=args.disk,
         size=size_of(args.size, "--size"),
         zero_unit=size_of(args.zero_unit, "-S") or 0,
         parents=parents_of(args),

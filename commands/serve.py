@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--port", metavar="N", type=int, help="listen on this port of 127.0.0.1 (default: any)")
     parser.add_argument("--export", metavar="NAME", default="", help="the export's name (default: none)")
     parser.add_argument("--snapshot", metavar="NAME", help="an internal snapshot")
+    parser.add_argument("--disk", type=int, metavar="N", help="one of a package's disks, from 1")
     add_source(parser)
     add_output(parser, progress=False)
 
@@ -42,7 +43,9 @@ def run(args: argparse.Namespace, out: Output) -> int:
     from diskmorph.convert.serve import Server
     from diskmorph.formats.registry import open_disk
 
-    with open_disk(args.image, format=args.format, parents=parents_of(args), snapshot=args.snapshot) as disk:
+    with open_disk(
+        args.image, format=args.format, parents=parents_of(args), snapshot=args.snapshot, disk=args.disk
+    ) as disk:
         path = Path(args.socket) if args.socket else None
         server = Server(disk, path=path, port=args.port, name=args.export)
         report = {"url": server.url, "export": args.export, "virtual_size": disk.size}

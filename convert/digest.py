@@ -41,21 +41,22 @@ def digest(
     parents: Parents | None = None,
     limits: Limits | None = None,
     snapshot: str | None = None,
+    disk: int | None = None,
     threads: int | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Digest:
     """Return the hash of what a guest sees: SHA-256 in order, or with `tree` the parallel hash tree.
 
-    Raises what opening and reading raise.
+    `disk` is the number of one of a package's disks. Raises what opening and reading raise.
     """
-    with open_source(path, format=format, parents=parents, limits=limits, snapshot=snapshot) as opened:
-        disk = opened.disk
+    with open_source(path, format=format, parents=parents, limits=limits, snapshot=snapshot, disk=disk) as opened:
+        whole = opened.disk
         if tree:
-            text = tree_digest(disk, threads=threads, on_progress=on_progress).hex()
+            text = tree_digest(whole, threads=threads, on_progress=on_progress).hex()
         else:
-            text = content_digest(disk, on_progress=on_progress)
-        disk.verify_unchanged()
-        return Digest(opened.name, "sha256-tree" if tree else "sha256", text, disk.size)
+            text = content_digest(whole, on_progress=on_progress)
+        whole.verify_unchanged()
+        return Digest(opened.name, "sha256-tree" if tree else "sha256", text, whole.size)
 
 
 def content_digest(disk: Disk, *, on_progress: Callable[[Progress], None] | None = None) -> str:
