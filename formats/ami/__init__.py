@@ -8,12 +8,12 @@ from diskmorph.formats.allocator import Option
 from diskmorph.formats.ami.kernel import Kernel, read_kernel
 from diskmorph.formats.ami.package import BundlePackage, open_package
 from diskmorph.formats.ami.ramdisk import Ramdisk, read_ramdisk
-from diskmorph.formats.errors import UnsupportedError
+from diskmorph.formats.check import CheckReport
+from diskmorph.formats.errors import FormatError, UnsupportedError
 from diskmorph.formats.package_probe import is_ami, is_kernel
 
 if TYPE_CHECKING:
     from diskmorph.formats.allocator import Allocator, NewImage
-    from diskmorph.formats.check import CheckReport
     from diskmorph.formats.disk import ImageDisk
     from diskmorph.formats.registry import OpenContext
     from diskmorph.formats.source import ByteSource
@@ -46,9 +46,22 @@ def new_allocator(image: NewImage) -> Allocator:
 
 
 def check_image(source: ByteSource, context: OpenContext, repair: str | None = None) -> CheckReport:
-    """See FormatModule."""
-    del context, repair
-    raise UnsupportedError("is not checked as a disk", feature="check", file=source.name, hint="`info` reads it whole")
+    """See FormatModule: kernels and ramdisks are read whole, a bundle's manifest is parsed."""
+    if repair is not None:
+        raise UnsupportedError("is not repaired", feature="repair", file=source.name)
+    if is_ami(source):
+        BundlePackage(source, context.limits)
+        return CheckReport("ami")
+    kernel = is_kernel(source)
+    report = CheckReport("aki" if kernel else "ari")
+    try:
+        if kernel:
+            read_kernel(source)
+        else:
+            read_ramdisk(source)
+    except FormatError as error:
+        report.add(error.structure or report.format, error.offset, error.problem)
+    return report
 
 
 __all__ = [

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from diskmorph.formats.allocator import Option
 from diskmorph.formats.errors import UnsupportedError
+from diskmorph.formats.ovf.check import check_package
 from diskmorph.formats.ovf.package import MemberDisk, OvfPackage, open_package
 
 if TYPE_CHECKING:
@@ -34,8 +35,7 @@ def open_image(source: ByteSource, context: OpenContext) -> MemberDisk:
     """See FormatModule: the disk of the package that `context.disk` names, or its only one."""
     if context.snapshot is not None:
         raise UnsupportedError(f"a package has no snapshot {context.snapshot!r}", feature="snapshots")
-    kind = "ovf" if source.read_upto(0, 512).lstrip(b"\xef\xbb\xbf\xff\xfe \t\r\n\0")[:1] == b"<" else "ova"
-    package = open_package(source, kind, context.opener, context.limits)
+    package = open_package(source, _kind(source), context.opener, context.limits)
     return package.open_disk(context.disk).owning(package)
 
 
@@ -50,11 +50,13 @@ def new_allocator(image: NewImage) -> Allocator:
 
 
 def check_image(source: ByteSource, context: OpenContext, repair: str | None = None) -> CheckReport:
-    """See FormatModule; a package is judged by `lint`, its disks by themselves."""
-    del source, context, repair
-    raise UnsupportedError(
-        "a package is not checked as a disk", feature="check", hint="`diskmorph lint PKG --for TARGET` judges it"
-    )
+    """See FormatModule: the manifest and every disk; what importers want is `lint`'s."""
+    return check_package(source, _kind(source), context, repair)
+
+
+def _kind(source: ByteSource) -> str:
+    """Return "ovf" where the file is XML, else "ova"."""
+    return "ovf" if source.read_upto(0, 512).lstrip(b"\xef\xbb\xbf\xff\xfe \t\r\n\0")[:1] == b"<" else "ova"
 
 
 __all__ = ["OPTIONS", "SUBFORMATS", "OvfPackage", "check_image", "new_allocator", "open_image", "open_package"]

@@ -358,3 +358,26 @@ def test_items_refer_to_files_too(tmp_path, stored):
     path = ova(tmp_path / "x.ova", ("x.ovf", envelope(files(), "", system("m", items))), ("d.vdi", raw))
     with open_disk(path) as disk:
         assert content(disk) == want
+
+
+def test_a_check_goes_through_manifest_and_disks(tmp_path, stored):
+    from diskmorph.convert.check import check
+
+    raw, _ = stored
+    good = ova(tmp_path / "x.ova", ("x.ovf", envelope(files(), disks())), ("d.vdi", raw))
+    assert check(good).clean
+    cut = ova(tmp_path / "cut.ova", ("x.ovf", envelope(files(), disks())), ("d.vdi", raw[: len(raw) - MIB]))
+    found = check(cut)
+    assert not found.clean
+    assert all(finding["structure"].startswith("d.vdi") for finding in found.findings)
+    assert min(finding["offset"] for finding in found.findings if finding["offset"] is not None) > 2048
+    false = tmp_path / "false.ova"
+    false.write_bytes(
+        entry("x.ovf", envelope(files(), disks()))
+        + entry("x.mf", b"SHA1(d.vdi)= " + b"0" * 40)
+        + entry("d.vdi", raw)
+        + bytes(1024)
+    )
+    assert "d.vdi is not what the manifest says" in check(false).findings[0]["message"]
+    with pytest.raises(UnsupportedError):
+        check(good, repair="all")
