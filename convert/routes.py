@@ -51,6 +51,10 @@ def _to_package(asked: Asked) -> bool:
     return wanted in {"ova", "ovf"} or (wanted is None and asked.target.lower().endswith((".ova", ".ovf")))
 
 
+def _to_triple(asked: Asked) -> bool:
+    return asked.options.target_format == "ami"
+
+
 def _package_to_folder(asked: Asked) -> bool:
     """Say whether all disks of a package are to go into a folder: `vm.ova disks/`."""
     if asked.source is None or not (asked.target.endswith("/") or Path(asked.target).is_dir()):
@@ -103,6 +107,7 @@ ROUTES: tuple[Route, ...] = (
     Route(_to_iso, "diskmorph.convert.iso", "tree_to_iso"),
     Route(_from_iso, "diskmorph.convert.iso", "iso_to_disk"),
     Route(_to_package, "diskmorph.convert.packages", "disks_to_package"),
+    Route(_to_triple, "diskmorph.convert.triples", "disk_to_triple"),
     Route(_package_to_folder, "diskmorph.convert.package_disks", "package_to_folder"),
 )
 
