@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from diskmorph.convert.digest import tree_digest
 from diskmorph.convert.job import convert
 from diskmorph.convert.options import ConvertOptions
+from diskmorph.convert.routes import disk_converter
 from diskmorph.formats.allocator import Identity, OptionReader
 from diskmorph.formats.errors import OptionError, TargetError
 from diskmorph.formats.gpt import Hybrid, Partition, build_gpt, first_usable, last_usable
@@ -170,16 +171,17 @@ def iso_to_disk(
     """
     options = options or ConvertOptions()
     opener = Opener(options.parents, options.limits)
+    write = disk_converter(target, options)
     if not isinstance(source, str | os.PathLike):
-        return convert(source, target, options=options, on_progress=on_progress)
+        return write(source, target, options=options, on_progress=on_progress)
     with opener.user_file(source) as file:
         inside = {signature.format for signature in signatures(file)}
     if inside & {"mbr", "gpt"}:
-        return convert(source, target, options=options, on_progress=on_progress)
+        return write(source, target, options=options, on_progress=on_progress)
     with open_disk(source, format="iso", parents=options.parents, limits=options.limits) as disk:
         wrapped = _wrapped(disk, options)
         wrapped.name = os.fspath(source)
-        report = convert(wrapped, target, options=replace(options, source_format=None), on_progress=on_progress)
+        report = write(wrapped, target, options=replace(options, source_format=None), on_progress=on_progress)
     note = "the ISO is no hybrid: it becomes the first partition of a GPT disk; -f raw copies its bytes as they are"
     return replace(report, source=os.fspath(source), notes=(note, *report.notes))
 

@@ -93,6 +93,12 @@ def _to_disk_shape(asked: Asked) -> bool:
     return _shape(asked) not in {"disk", *_TREES}
 
 
+def _to_compressed(asked: Asked) -> bool:
+    from diskmorph.convert.wrappers import wrapper_of  # noqa: PLC0415 - loads nothing heavy
+
+    return asked.target != "-" and wrapper_of(asked.target) is not None and not asked.options.device
+
+
 class Route(NamedTuple):
     """A way: taken when `takes` says so; `function` of `module` is called as `convert` is."""
 
@@ -104,6 +110,7 @@ class Route(NamedTuple):
 ROUTES: tuple[Route, ...] = (
     Route(_to_tree_shape, "diskmorph.convert.cloud_trees", "tree_to_shape"),
     Route(_to_disk_shape, "diskmorph.convert.cloud", "disk_to_shape"),
+    Route(_to_compressed, "diskmorph.convert.compressed", "convert_compressed"),
     Route(_to_iso, "diskmorph.convert.iso", "tree_to_iso"),
     Route(_from_iso, "diskmorph.convert.iso", "iso_to_disk"),
     Route(_to_package, "diskmorph.convert.packages", "disks_to_package"),
@@ -125,6 +132,15 @@ def converter(
             f"several sources make a package, which {asked.target!r} is not",
             hint="name the target NAME.ova or NAME.ovf, or convert the disks one by one",
         )
+    return _chosen(asked)
+
+
+def disk_converter(target: str | os.PathLike[str], options: ConvertOptions) -> Converter:
+    """Return the function that writes a disk to `target`: what is left when the source is known to be one."""
+    return _chosen(Asked(None, os.fspath(target), options))
+
+
+def _chosen(asked: Asked) -> Converter:
     for route in ROUTES:
         if route.takes(asked):
             return cast("Converter", getattr(importlib.import_module(route.module), route.function))
