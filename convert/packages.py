@@ -19,9 +19,11 @@ from diskmorph.convert.job import transfer_of
 from diskmorph.convert.options import ConvertOptions, ConvertReport, Moved, Progress
 from diskmorph.convert.plan import STDOUT, Plan, make_plan
 from diskmorph.convert.slots import Slot, SlotTarget
+from diskmorph.formats import gpt
 from diskmorph.formats.allocator import Identity
 from diskmorph.formats.disk import Disk
-from diskmorph.formats.errors import IntegrityError, OptionError, TargetError, UnsupportedError
+from diskmorph.formats.errors import DiskmorphError, IntegrityError, OptionError, TargetError, UnsupportedError
+from diskmorph.formats.machine import EFI
 from diskmorph.formats.output import FileTarget
 from diskmorph.formats.ovf.manifest import build_manifest, digest_of, manifest_size
 from diskmorph.formats.ovf.profile import MachineOptions, portable_machine, portable_stem, read_options
@@ -41,6 +43,9 @@ if TYPE_CHECKING:
     Source = str | os.PathLike[str] | Disk
 
 _BLOCK = 512
+_BOOT_CODE = 440
+_ESP = "C12A7328-F81F-11D2-BA4B-00A0C93EC93B"
+_BIOS_BOOT = "21686148-6449-6E6F-744E-656564454649"
 _PROFILES = frozenset({"esxi", "virtualbox", "proxmox", "aws"})
 _VMDK = {"subformat": "streamOptimized", "adapter_type": "lsilogic"}
 
@@ -161,6 +166,12 @@ class _Job:
         self._members = (self._target.name,) if self._archive else (self._descriptor, self._manifest_name, *self._files)
         self._refuse_sources(disks)
         capacities = [(file, plan.allocator.size) for file, plan in zip(self._files, self._plans, strict=True)]
+        self._notes: tuple[str, ...] = ()
+        if self._words.firmware is None and old is None and boots_by_efi_alone(self._plans[0].disk):
+            self._words = replace(self._words, firmware=EFI)
+            self._notes = (
+                "the disk boots by EFI alone: the machine has firmware=efi; -o firmware=bios says otherwise",
+            )
         self._machine = portable_machine(self._target.stem, capacities, self._words, old)
         self._time = int(Identity(b"package" if options.reproducible else None).time())
         self._moved = Moved()
@@ -197,7 +208,7 @@ class _Job:
             stored = self._measure(tell)
         else:
             stored = self._write_archive(tell) if self._archive else self._write_folder(tell)
-        notes = tuple(dict.fromkeys(note for plan in self._plans for note in plan.notes))
+        notes = tuple(dict.fromkeys((*self._notes, *(note for plan in self._plans for note in plan.notes))))
         return ConvertReport(
             source=", ".join(plan.source.name for plan in self._plans),
             target=str(self._target),
@@ -321,6 +332,19 @@ class _Job:
                 file=str(self._target),
                 offset=found.first_difference,
             )
+
+
+def boots_by_efi_alone(disk: Disk) -> bool:
+    """Return whether a disk has an EFI system partition but neither boot code nor a BIOS boot partition."""
+    try:
+        table = gpt.read_table(disk)
+        code = disk.read(0, min(disk.size, _BOOT_CODE))
+    except DiskmorphError:
+        return False
+    if table is None or table.scheme != "gpt" or any(code):
+        return False
+    types = {partition.type.upper() for partition in table.partitions}
+    return _ESP in types and _BIOS_BOOT not in types
 
 
 class _Tell:

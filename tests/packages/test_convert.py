@@ -308,6 +308,24 @@ def test_a_member_above_8_gib_is_read_in_place(tmp_path):
     assert (tmp_path / "o.qcow2").stat().st_size < 16 * MIB
 
 
+def test_a_disk_that_boots_by_efi_alone_makes_an_efi_machine(tmp_path):
+    from diskmorph.formats.gpt import Partition, build_gpt
+
+    esp = Partition(1, "C12A7328-F81F-11D2-BA4B-00A0C93EC93B", "EFI", MIB, MIB, "11111111-2222-3333-4444-555555555555")
+    for code, expected in ((b"", "efi"), (b"\xeb\x63", "bios")):
+        head, tail = build_gpt(4 * MIB, [esp], disk_guid="11111111-2222-3333-4444-666666666666", mbr_code=code)
+        disk = Memory(head + bytes(4 * MIB - len(head) - len(tail)) + tail)
+        report = diskmorph.convert(disk, tmp_path / "vm.ova", options=replace(options(), force=True))
+        with open_package(tmp_path / "vm.ova") as package:
+            assert package.machines[0].firmware == expected
+        assert any("firmware=efi" in note for note in report.notes) == (expected == "efi")
+    head, tail = build_gpt(4 * MIB, [esp], disk_guid="11111111-2222-3333-4444-666666666666")
+    disk = Memory(head + bytes(4 * MIB - len(head) - len(tail)) + tail)
+    diskmorph.convert(disk, tmp_path / "bios.ova", options=options(firmware="bios"))
+    with open_package(tmp_path / "bios.ova") as package:
+        assert package.machines[0].firmware == "bios"
+
+
 def test_items_of_written_machines_hang_together(tmp_path, disk):
     diskmorph.convert([disk[1]] * 3, tmp_path / "vm.ova", options=options(controller="ahci", nics="2"))
     root = ET.fromstring(members(tmp_path / "vm.ova")["vm.ovf"])
