@@ -75,6 +75,8 @@ class _Lines(_Teller):
 
     def tell(self, now: Progress) -> None:
         with self._lock:
+            if self._last is not None and self._last.phase != now.phase:
+                self._put(self._last)  # how a phase ended is always told
             self._last = now
             if self._due():
                 self._put(now)
