@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from diskmorph.convert.options import ConvertReport, Progress
     from diskmorph.formats.disk import Disk
+    from diskmorph.formats.ext4.writer import State
 
 _LEAST_ROOT = 8 * MIB
 
@@ -92,7 +93,7 @@ def built(tree: Tree, options: BuildOptions) -> tuple[Disk, tuple[str, ...], tup
     writer.take(tree)
     root_type = ROOT_TYPES.get(architecture(tree), ROOT_TYPES["amd64"])
     disk = assemble(writer, boot, root_type, options, identity)
-    lost = (*tree.lost, *_counted(writer.lost))
+    lost = (*tree.lost, *counted(writer.lost))
     return disk, boot.notes, lost
 
 
@@ -108,22 +109,29 @@ def prepare(tree: Tree, options: BuildOptions, identity: Identity) -> Boot:
 def assemble(writer: Ext4Writer, boot: Boot, root_type: str, options: BuildOptions, identity: Identity) -> Disk:
     """Return the whole disk in the size asked for. Raises TargetError where that is too small."""
     _, profile = applied(options.convert)
+    root = root_part(writer, boot, root_type, options)
+    total = size_of([*boot.parts, root]) if options.size.total is None else options.size.total
+    return compose([*boot.parts, root], padded(total, profile), identity, boot.mbr_code)
+
+
+def root_part(
+    writer: Ext4Writer, boot: Boot, root_type: str, options: BuildOptions, state: State | None = None
+) -> Part:
+    """Return the root partition: of a state of a growing tree, or of the tree last taken. Raises TargetError."""
     if options.size.total is None:
-        root = Part("root", root_type, writer.disk(None, slack=options.size.slack))
-        return compose([*boot.parts, root], padded(size_of([*boot.parts, root]), profile), identity, boot.mbr_code)
-    total = padded(options.size.total, profile)
-    room = room_for_last(total, boot.parts)
+        return Part("root", root_type, writer.disk(None, slack=options.size.slack, state=state))
+    _, profile = applied(options.convert)
+    room = room_for_last(padded(options.size.total, profile), boot.parts)
     try:
         if room < _LEAST_ROOT:
             raise TargetError("no room for a root file system")
-        root = Part("root", root_type, writer.disk(room))
+        return Part("root", root_type, writer.disk(room, state=state))
     except TargetError as error:
         raise TargetError(
             f"a disk of {options.size.total} bytes is too small for the tree: {error.problem}",
             expected=error.expected,
             hint="ask for more with --size, or for the least with --size min",
         ) from error
-    return compose([*boot.parts, root], total, identity, boot.mbr_code)
 
 
 class Chance(Identity):
@@ -142,7 +150,7 @@ class Chance(Identity):
         return self._now
 
 
-def _counted(lost: list[str]) -> list[str]:
+def counted(lost: list[str]) -> list[str]:
     """Return losses, each said once with how often it came."""
     found: dict[str, int] = {}
     for what in lost:

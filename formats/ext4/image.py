@@ -36,7 +36,7 @@ class Contents:
     """Everything that a file system holds, laid out on the data line; what is not alive is left out when built.
 
     `alive`: object numbers, ascending, with a row of `columns` (mode, uid, gid, size, seconds, nanoseconds) for each;
-    `modes`, `links` by object number; `segments` (sorted by owner and block) what each object has of the line.
+    `links` by object number; `segments` (sorted by owner and block): what each object has of the line.
     """
 
     identity: Identity
@@ -45,7 +45,6 @@ class Contents:
     nodes: list[Node] = field(default_factory=list)
     alive: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     columns: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 6), np.int64))
-    modes: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     links: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     directories: Directories = None  # type: ignore[assignment]  # set by the first tree taken
     sources: list[ByteSource] = field(default_factory=list)

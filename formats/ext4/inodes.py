@@ -71,7 +71,7 @@ def build_inodes(
 ) -> InodeTable:
     """Return the inodes of everything alive, and lay their extent trees and xattr blocks on the canvas."""
     numbers = inode_numbers(contents.alive)
-    table = InodeTable(max(int(inode_numbers(np.array([len(contents.nodes) - 1]))[0]), s.FIRST_INO))
+    table = InodeTable(max(int(numbers.max()), s.FIRST_INO))
     rows = numbers - 1
     table.used[rows] = True
     _attributes(contents, table, rows)

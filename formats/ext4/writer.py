@@ -15,7 +15,7 @@ import numpy as np
 from diskmorph.formats.allocator import Identity
 from diskmorph.formats.errors import TargetError
 from diskmorph.formats.ext4 import xattrs
-from diskmorph.formats.ext4.collect import Collector, Directories, Names, content, file_types, pack
+from diskmorph.formats.ext4.collect import Collector, Directories, content, file_types, pack
 from diskmorph.formats.ext4.geometry import BLOCK, Geometry, sized, smallest
 from diskmorph.formats.ext4.image import Contents, build
 from diskmorph.formats.ext4.inodes import inode_numbers
@@ -48,6 +48,21 @@ class Ext4Options:
     reserved: int = 5
 
 
+@dataclass(eq=False)
+class State:
+    """A tree as it was taken, and what was new in it: ready to be laid out, when that of earlier ones is."""
+
+    alive: NDArray[np.int64]
+    columns: NDArray[np.int64]
+    links: NDArray[np.int64]
+    directories: Directories
+    segments: NDArray[np.void]
+    pieces: NDArray[np.void]
+    runs: NDArray[np.int64]
+    xattrs: list[int]
+    placed: bool = False
+
+
 class Ext4Writer:
     """Takes a tree, or the states of a tree that grows, and returns each as a file system.
 
@@ -61,39 +76,43 @@ class Ext4Writer:
         self._collector = Collector()
         self._contents = Contents(self.options.identity, self.options.label, self.options.reserved)
         self._source_numbers: dict[int, int] = {}
-        self._new_segments: list[NDArray[np.void]] = []
-        self._new_pieces: list[NDArray[np.void]] = []
-        self._piece_runs: list[NDArray[np.int64]] = []
-        self._new_xattrs: list[int] = []
+        self._states: list[State] = []
         self._directory_blocks: dict[int, int] = {}
         self._line = 0
 
-    def take(self, tree: Tree) -> None:
+    def take(self, tree: Tree) -> State:
         """Read a tree, or its next state: what is in it now, less what is gone. Content is read to find zeroes."""
-        collector, contents = self._collector, self._contents
+        collector = self._collector
         known = len(collector.nodes)
         names = collector.take(tree)
         fresh = collector.nodes[known:]
-        self._take_content(fresh, known)
-        self._take_xattrs(fresh, known)
-        contents.alive = np.array(collector.alive, np.int64)
-        contents.columns = collector.columns(tree)
-        contents.nodes = collector.nodes
-        contents.directories = self._pack(names)
-        contents.links = self._links(names)
+        pieces = self._content(fresh, known)
+        found, runs = segments(pieces)
+        nodes = collector.nodes
+        modes = np.fromiter((node.mode for node in nodes), np.int64, len(nodes))
+        state = State(
+            alive=np.array(collector.alive, np.int64),
+            columns=collector.columns(tree),
+            links=np.bincount(np.array(names.objects, np.int64), minlength=len(nodes)),
+            directories=pack(names, inode_numbers(np.arange(len(nodes))), file_types(modes)),
+            segments=found,
+            pieces=pieces,
+            runs=runs,
+            xattrs=self._take_xattrs(fresh, known),
+        )
+        self._states.append(state)
+        return state
 
-    def _take_content(self, fresh: list[Node], known: int) -> None:
+    def _content(self, fresh: list[Node], known: int) -> NDArray[np.void]:
+        """Return where the content of new objects lies, zeroes left out, targets of long links included."""
         sources = self._contents.sources
         pieces = joined(content(fresh, known, sources, self._source_numbers))
         pieces = without_zeroes(pieces, sources, BLOCK)
         links = self._long_links(fresh, known)
-        if len(links):
-            pieces = np.concatenate((pieces, links))
-            pieces = pieces[np.lexsort((pieces["start"], pieces["owner"]))]
-        found, runs = segments(pieces)
-        self._new_pieces.append(pieces)
-        self._new_segments.append(found)
-        self._piece_runs.append(runs)
+        if not len(links):
+            return pieces
+        pieces = np.concatenate((pieces, links))
+        return np.asarray(pieces[np.lexsort((pieces["start"], pieces["owner"]))])
 
     def _long_links(self, fresh: list[Node], known: int) -> NDArray[np.void]:
         """Return the targets of long symbolic links as pieces of a source made of them."""
@@ -116,8 +135,10 @@ class Ext4Writer:
         self._contents.sources.append(source)
         return len(self._contents.sources) - 1
 
-    def _take_xattrs(self, fresh: list[Node], known: int) -> None:
+    def _take_xattrs(self, fresh: list[Node], known: int) -> list[int]:
+        """Encode attributes; return the objects that need a block for them."""
         contents = self._contents
+        blocks = []
         for owner, node in enumerate(fresh, known):
             if not node.xattrs:
                 continue
@@ -127,51 +148,53 @@ class Ext4Writer:
                 contents.inline_xattrs[owner] = xattrs.build_inline(inner, _IN_INODE_XATTRS)
             if outer:
                 contents.block_xattrs[owner] = xattrs.build_block(outer, BLOCK)
-                self._new_xattrs.append(owner)
+                blocks.append(owner)
             names = [*refused, *(a.name for a in left)]
             self.lost.extend(f"extended attribute {name.decode(errors='backslashreplace')}" for name in names)
-
-    def _pack(self, names: Names) -> Directories:
-        nodes = self._collector.nodes
-        modes = np.fromiter((node.mode for node in nodes), np.int64, len(nodes))
-        self._contents.modes = modes
-        return pack(names, inode_numbers(np.arange(len(nodes))), file_types(modes))
-
-    def _links(self, names: Names) -> NDArray[np.int64]:
-        """Return the link count of every object: a directory's is 2 and one for each directory in it."""
-        return np.bincount(np.array(names.objects, np.int64), minlength=len(self._collector.nodes))
+        return blocks
 
     def need(self) -> tuple[int, int]:
-        """Return the blocks of the data line that everything takes, journal excluded, and the inodes.
+        """Return the blocks of the data line that all states take, journal excluded, and the inodes.
 
         What files take in tree blocks is estimated from above.
         """
-        placed = self._line
-        found = np.concatenate(self._new_segments) if self._new_segments else np.zeros(0, SEGMENT)
-        blocks = int(found["count"].sum()) + int(self._directory_growth()[1].sum()) + len(self._new_xattrs) + 1
+        found = np.concatenate([state.segments for state in self._states])
+        blocks = int(found["count"].sum()) + 1 + sum(len(state.xattrs) for state in self._states)
+        most = np.zeros(len(self._collector.nodes), np.int64)
+        for state in self._states:
+            np.maximum.at(most, state.directories.objects, state.directories.counts)
+        blocks += int(most.sum())
         cuts = found["count"] // (BLOCK * 2) + 1
         per_owner = np.bincount(np.unique(found["owner"], return_inverse=True)[1], weights=cuts + 1)
         trees = sum(tree_blocks(int(count)) for count in per_owner[per_owner > 2].tolist())
-        return placed + blocks + trees, len(self._collector.nodes) + FIRST_INO + 1
+        return blocks + trees, len(self._collector.nodes) + FIRST_INO + 1
 
-    def disk(self, size: int | None = None, *, slack: int = 0, inodes: int = 0) -> Disk:
-        """Return the file system of the tree as last taken.
+    def disk(self, size: int | None = None, *, slack: int = 0, inodes: int = 0, state: State | None = None) -> Disk:
+        """Return the file system of a state: the last one taken, unless another is named.
 
         `size` in bytes (None: the smallest), `slack` bytes to be left free, `inodes` at least; all three decide only
-        the first time, the states of a growing tree share one layout. Raises TargetError where it is too small.
+        the first time, the states of a growing tree share one layout. States are asked for in the order in which they
+        were taken. Raises TargetError where it is too small.
         """
+        state = state or self._states[-1]
         if self.geometry is None:
             blocks, count = self.need()
             count = max(count, inodes)
             self.geometry = smallest(blocks, count, slack) if size is None else sized(size, count)
             self._line = line_reserved(self.geometry)
-        self._place(self.geometry)
-        return build(self._contents, self.geometry)
+        for earlier in self._states[: self._states.index(state) + 1]:
+            if not earlier.placed:
+                self._place(self.geometry, earlier)
+        contents = self._contents
+        contents.nodes = self._collector.nodes
+        contents.alive, contents.columns = state.alive, state.columns
+        contents.links, contents.directories = state.links, state.directories
+        return build(contents, self.geometry)
 
-    def _place(self, geometry: Geometry) -> None:
+    def _place(self, geometry: Geometry, state: State) -> None:
         """Give everything new its position on the data line: directories, xattr blocks, files, tree blocks."""
         contents = self._contents
-        owners, growth, had = self._directory_growth()
+        owners, growth, had = self._directory_growth(state.directories)
         grown = np.zeros(len(owners), SEGMENT)
         grown["owner"], grown["block"], grown["count"] = owners, had, growth
         grown = grown[growth > 0]
@@ -179,19 +202,17 @@ class Ext4Writer:
         self._directory_blocks.update(
             zip(grown["owner"].tolist(), (grown["block"] + grown["count"]).tolist(), strict=True)
         )
-        for owner in self._new_xattrs:
+        for owner in state.xattrs:
             contents.xattr_places[owner] = self._line
             self._line += 1
-        self._new_xattrs = []
-        parts = [contents.segments, grown]
-        for found, pieces, runs in zip(self._new_segments, self._new_pieces, self._piece_runs, strict=True):
-            self._advance(found)
-            parts.append(found)
-            contents.add_pieces(pieces, found["at"][runs] - found["block"][runs])
-        self._new_segments, self._new_pieces, self._piece_runs = [], [], []
-        table = np.concatenate(parts)
+        found = state.segments
+        self._advance(found)
+        contents.add_pieces(state.pieces, found["at"][state.runs] - found["block"][state.runs])
+        table = np.concatenate((contents.segments, grown, found))
         contents.segments = table[np.lexsort((table["block"], table["owner"]))]
         self._place_trees(geometry)
+        state.placed = True
+        state.pieces = state.segments = np.zeros(0, SEGMENT)
         if self._line > geometry.free:
             raise TargetError(
                 f"the file system is too small: {geometry.blocks * BLOCK} bytes do not hold the tree",
@@ -203,9 +224,8 @@ class Ext4Writer:
         rows["at"] = ends - rows["count"]
         self._line = int(ends[-1]) if len(ends) else self._line
 
-    def _directory_growth(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    def _directory_growth(self, found: Directories) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """Return directories' objects, the blocks that each wants more, and those that it has."""
-        found = self._contents.directories
         had = np.array([self._directory_blocks.get(owner, 0) for owner in found.objects.tolist()], np.int64)
         return found.objects, np.maximum(found.counts - had, 0), had
 
