@@ -1,0 +1,69 @@
+#!/.diskmorph/busybox sh
+# PID 1 of a machine that runs one program, a container's: mounts, network, then the program; it hands signals on,
+# reaps orphans, and powers off when the program ends.
+b=/.diskmorph/busybox
+export PATH=/usr/sbin:/usr/bin:/sbin:/bin
+read -r name < /etc/hostname && $b hostname "$name"
+
+$b mount -o remount,rw /
+on() { [ -d "$4" ] || $b mkdir -p "$4"; $b mountpoint -q "$4" 2> /dev/null || $b mount -t "$1" -o "$2" "$3" "$4"; }
+[ -e /proc/1 ] || on proc nosuid,nodev,noexec proc /proc
+[ -e /sys/class ] || on sysfs nosuid,nodev,noexec sysfs /sys
+[ -e /dev/null ] || on devtmpfs nosuid,mode=0755 devtmpfs /dev
+on tmpfs nosuid,nodev,mode=0755 tmpfs /run
+on devpts nosuid,noexec,gid=5,mode=0620,ptmxmode=0666 devpts /dev/pts
+on tmpfs nosuid,nodev,mode=1777 tmpfs /dev/shm
+[ ! -d /sys/fs/cgroup ] || $b mount -t cgroup2 -o nosuid,nodev,noexec cgroup2 /sys/fs/cgroup 2> /dev/null
+for link in fd:/proc/self/fd stdin:/proc/self/fd/0 stdout:/proc/self/fd/1 stderr:/proc/self/fd/2; do
+	[ -e "/dev/${link%%:*}" ] || $b ln -s "${link#*:}" "/dev/${link%%:*}"
+done
+echo 0 > /proc/sys/kernel/ctrl-alt-del
+
+network() {
+	$b ip link set lo up
+	jobs=''
+	for path in /sys/class/net/*; do
+		nic=${path##*/}
+		[ "$nic" != lo ] && [ -e "$path/device" ] || continue
+		$b ip link set "$nic" up
+		$b udhcpc -i "$nic" -s /.diskmorph/dhcp -p "/run/udhcpc.$nic.pid" -x "hostname:$name" \
+			-t 6 -T 1 -A 5 -b -S > /dev/null 2>&1 &
+		jobs="$jobs $!"
+	done
+	[ -z "$jobs" ] || wait $jobs
+}
+network
+$b acpid -c /.diskmorph/acpi -l /dev/null 2> /dev/null
+
+# Signals: asking to stop stops the program in its own way; others are handed on.
+child='' caught='' after=poweroff
+pass() { caught=1; [ -z "$child" ] || kill "-$1" "$child" 2> /dev/null; }
+trap 'pass @STOP@' TERM PWR
+trap 'after=reboot; pass @STOP@' INT
+for signal in HUP QUIT USR1 USR2 WINCH; do
+	trap "pass $signal" $signal
+done
+
+/.diskmorph/run < /dev/console > /dev/console 2>&1 &
+child=$!
+while :; do
+	caught=''
+	wait "$child"
+	status=$?
+	[ -n "$caught" ] || break
+done
+trap '' TERM INT PWR HUP QUIT USR1 USR2 WINCH
+echo "diskmorph: the program exited with status $status" > /dev/console
+
+# What still runs is asked to stop, waited for a little, and killed.
+others() { for path in /proc/[0-9]*/exe; do [ -L "$path" ] && $b readlink "$path" > /dev/null && echo "$path"; done; }
+kill -TERM -1 2> /dev/null
+tries=0
+while [ $tries -lt 20 ] && [ "$(others | $b grep -vc '^/proc/1/')" -gt 1 ]; do
+	$b usleep 100000
+	tries=$((tries + 1))
+done
+kill -KILL -1 2> /dev/null
+$b sync
+$b mount -o remount,ro / 2> /dev/null
+exec $b $after -f

@@ -1,0 +1,3 @@
+#!/.diskmorph/busybox sh
+# The power button.
+kill -PWR 1
