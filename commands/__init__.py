@@ -36,6 +36,7 @@ VERBS: tuple[Verb, ...] = (
     Verb("unbundle", _HERE + "unbundle", "open an EC2 bundle"),
     Verb("lint", _HERE + "lint", "tell what an importer would refuse in a package"),
     Verb("extract", _HERE + "extract", "take a disk's root file system out, as a tree or a container image"),
+    Verb("aws", _HERE + "aws", "bring disks to Amazon's cloud, and back"),
     Verb("formats", _HERE + "formats", "list the formats, subformats and options"),
     Verb("completion", _HERE + "completion", "print a completion script for bash, zsh or fish"),
 )
