@@ -1,4 +1,4 @@
-"""Judges one mutant in a process of its own: `judge.py FORMAT FILE...` prints a JSON line a file.
+"""Judges one mutant in a process of its own, so that its memory, its time and its end are its own.
 
 A reader may refuse (a DiskmorphError) or answer; anything else, more than the time or more than the memory is a finding.
 """
@@ -10,12 +10,15 @@ import json
 import os
 import resource
 import signal
-import sys
 import time
 import traceback
 from pathlib import Path
 
+import parsers
+from subjects import Subject, words
+
 from diskmorph.formats.errors import DiskmorphError
+from diskmorph.formats.policy import Opener
 from diskmorph.formats.registry import OpenContext, identify, load, open_disk, require_format
 from diskmorph.formats.source import FileSource
 
@@ -25,9 +28,12 @@ READ = 64 << 20
 """At most so much of a disk is read: a mutant may claim terabytes of holes."""
 
 
-def look(path: str, format: str) -> dict[str, object]:
+def look(it: Subject, path: Path) -> dict[str, object]:
     """Open, map, read and check an image; return what came of it."""
-    with open_disk(path, format=format) as disk:
+    if it.format in parsers.LOOKS:
+        return {"outcome": "read", "sha256": parsers.look(it.format, path), "found": []}
+    how = words(path.parent, it.open)
+    with open_disk(path, format=it.format, **how) as disk:
         total = rows = 0
         sha = hashlib.sha256()
         for batch in disk.extents():
@@ -41,19 +47,20 @@ def look(path: str, format: str) -> dict[str, object]:
                 break
         size = disk.size
     with FileSource(path) as source:
-        report = load(require_format(format)).check_image(source, OpenContext())
+        report = load(require_format(it.format)).check_image(source, OpenContext(Opener(how["parents"])))
         identify(source)
-    return {"outcome": "read", "size": size, "sha256": sha.hexdigest() if size <= READ else None, "clean": report.clean}
+    found = [f"{finding.severity}: {finding.message}" for finding in report.findings]
+    return {"outcome": "read", "size": size, "sha256": sha.hexdigest() if size <= READ else None, "found": found}
 
 
-def judged(path: str, format: str) -> dict[str, object]:
-    """Return the outcome of one file, run in a child so that memory and time are its own."""
+def judged(it: Subject, path: Path) -> dict[str, object]:
+    """Return the outcome of one file."""
     out, back = os.pipe()
     begun = time.monotonic()
     child = os.fork()
     if child == 0:
         os.close(out)
-        _child(back, path, format)
+        _child(back, it, path)
     os.close(back)
     with os.fdopen(out, "rb") as pipe:
         text = pipe.read()
@@ -68,12 +75,12 @@ def judged(path: str, format: str) -> dict[str, object]:
     return outcome
 
 
-def _child(back: int, path: str, format: str) -> None:
+def _child(back: int, it: Subject, path: Path) -> None:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(TIME)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
-        answer = look(path, format)
+        answer = look(it, path)
     except DiskmorphError as error:
         text = str(error)
         answer = {"outcome": "refused" if "\n" not in text else "traceback", "detail": text[:300], "kind": error.kind}
@@ -81,13 +88,3 @@ def _child(back: int, path: str, format: str) -> None:
         answer = {"outcome": "traceback", "detail": traceback.format_exc()[-900:]}
     os.write(back, json.dumps(answer).encode())
     os._exit(0)
-
-
-def main() -> None:
-    """Judge every file named."""
-    for name in sys.argv[2:]:
-        print(json.dumps({"file": Path(name).name, **judged(name, sys.argv[1])}), flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
 """`make fuzz`: mutants of every format, judged here and by qemu-img: `run.py [--count N] [--format F] [--report FILE]`.
 
-Exit status 1 if any mutant gave a traceback, took more than 10 s or more than 256 MiB, or was read as other content although
-its file was cut. Findings are kept under build/fuzz/.
+Exit status 1 if any mutant gave a traceback, took more than 10 s or more than 256 MiB. Findings are kept, as the bytes in
+which they differ from their subject, under build/fuzz/.
 """
 
 from __future__ import annotations
@@ -13,11 +13,15 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 import judge
-from mutants import FIXTURES, Subject, mutant, subject
+import parsers
+from mutants import Places, mutant, patches
+from subjects import TABLE, Subject, subjects
 
 QEMU = {
     "qcow2": "qcow2",
@@ -30,81 +34,117 @@ QEMU = {
 }
 KEEP = Path(__file__).parents[2] / "build/fuzz"
 BAD = ("traceback", "timeout", "memory", "crash")
+Counts = collections.Counter[str]
 
 
-def subjects(format: str) -> list[Subject]:
-    found = [
-        subject(path, format)
-        for path in sorted((FIXTURES / format).iterdir())
-        if path.suffix not in {".toml", ".sh"} and not path.stem.endswith(("-flat", "-s001"))
-    ]
-    return [it for it in found if it.name not in {"flat.vmdk", "split.vmdk"}]
+def group_of(format: str) -> list[Subject]:
+    if format in TABLE:
+        return subjects(format)
+    found = []
+    for name, make in parsers.MAKERS[format].items():
+        with tempfile.TemporaryDirectory() as where:
+            folder = Path(where)
+            main = make(folder)
+            files = {path.name: path.read_bytes() for path in folder.iterdir()}
+            mend = parsers.MENDERS.get(format, lambda _: None)
+            seen = parsers.look(format, folder / main)
+            found.append(Subject(name, format, files, main, main, ((0, len(files[main])),), mend, {}, seen))
+    return found
 
 
-def peer(path: Path, format: str) -> dict[str, object]:
-    """What qemu-img makes of a mutant: exit status, content; killed after 10 s or at 1 GiB of memory."""
-    target = path.with_suffix(".peer")
-    words = f"ulimit -v 1048576; exec timeout -s KILL {judge.TIME} qemu-img convert -f {format} -O raw {path} {target}"
-    done = subprocess.run(["sh", "-c", words], capture_output=True, check=False)
-    answer: dict[str, object] = {"status": done.returncode}
-    if done.returncode == 0 and target.stat().st_size <= judge.READ:
-        answer["sha256"] = hashlib.sha256(target.read_bytes()).hexdigest()
+def peer(it: Subject, path: Path) -> str:
+    """What qemu-img makes of a mutant; killed after 10 s, held to 1 GiB of memory and 256 MiB counted."""
+    target = path.with_name("peer.raw")
+    argv = ["qemu-img", "convert", "-f", QEMU[it.format], "-O", "raw"]
+    argv += ["-l", f"snapshot.name={it.open['snapshot']}"] if "snapshot" in it.open else []
+    words = f"ulimit -v 2097152; exec timeout -s KILL {judge.TIME} /usr/bin/env time -f %M " + '"$@"'
+    done = subprocess.run(
+        ["sh", "-c", words, "sh", *argv, path, target], capture_output=True, check=False, cwd=path.parent
+    )
+    size = target.stat().st_size if target.exists() else 0
+    sha = None
+    if done.returncode == 0 and size <= judge.READ:
+        sha = hashlib.sha256(target.read_bytes()).hexdigest()
     target.unlink(missing_ok=True)
-    return answer
-
-
-def outcome_of_peer(answer: dict[str, object], it: Subject) -> str:
-    status = answer["status"]
-    if status in (137, -9):
+    last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
+    peak = int(last[0]) * 1024 if last and last[0].isdigit() else 0
+    if done.returncode in (137, -9):
         return "timeout"
-    if status == 0:
-        return "same" if answer.get("sha256") == hashlib.sha256(it.content).hexdigest() else "other content"
-    return "refused" if status == 1 else "crash"
+    if done.returncode not in (0, 1):
+        return "crash"
+    if peak > judge.MEMORY:
+        return "memory"
+    if done.returncode == 1:
+        return "refused"
+    return "same" if sha == it.content else "other content"
 
 
-def fuzz(
-    format: str, count: int, *, with_peer: bool
-) -> tuple[collections.Counter[str], collections.Counter[str], list[str]]:
-    ours: collections.Counter[str] = collections.Counter()
-    theirs: collections.Counter[str] = collections.Counter()
+def _word(answer: dict[str, Any], it: Subject, known: set[str]) -> str:
+    if answer["outcome"] != "read":
+        return str(answer["outcome"])
+    if answer["sha256"] == it.content:
+        return "same"
+    new = [text for text in answer["found"] if text not in known]
+    return "other content, check tells" if new else "other content, check silent"
+
+
+def fuzz(format: str, count: int, *, with_peer: bool, seconds: float, show: bool) -> tuple[Counts, Counts, list[str]]:
+    ours: Counts = collections.Counter()
+    theirs: Counts = collections.Counter()
     findings: list[str] = []
-    group = subjects(format)
-    with tempfile.TemporaryDirectory() as folder:
+    group = group_of(format)
+    places = [Places(it) for it in group]
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory() as where:
+        folder = Path(where)
+        known = []
+        for it in group:
+            known.append(set(judge.look(it, it.write(folder)).get("found", [])))  # type: ignore[call-overload]
         for number in range(count):
-            it = group[number % len(group)]
-            path = Path(folder, f"{number}{it.suffix}")
-            path.write_bytes(mutant(it, number))
-            answer = judge.judged(str(path), format)
-            word = str(answer["outcome"])
-            if word == "read":
-                word = "same" if answer["sha256"] == hashlib.sha256(it.content).hexdigest() else "other content"
-                word += "" if word == "same" else (", check clean" if answer["clean"] else ", check finds it")
+            if seconds and time.monotonic() - begun > seconds:
+                break
+            index = number % len(group)
+            it = group[index]
+            blob = mutant(it, places[index], number)
+            path = it.write(folder, blob)
+            answer = judge.judged(it, path)
+            word = _word(answer, it, known[index])
             ours[word] += 1
+            what = f"{format} {it.name} {number}: {_shown(it, blob)}"
             if answer["outcome"] in BAD:
                 KEEP.mkdir(parents=True, exist_ok=True)
-                (KEEP / f"{it.name}-{number}{it.suffix}").write_bytes(path.read_bytes())
-                findings.append(f"{it.name} mutant {number}: {json.dumps(answer)}")
-            if with_peer:
-                theirs[outcome_of_peer(peer(path, QEMU[format]), it)] += 1
-            path.unlink()
+                (KEEP / f"{format}-{it.name}-{number}.json").write_text(json.dumps(_shown(it, blob)))
+                findings.append(f"{what}: {json.dumps(answer)}")
+            elif show and word.endswith("silent"):
+                print(f"  {what}", flush=True)
+            if with_peer and format in QEMU:
+                theirs[peer(it, path)] += 1
     return ours, theirs, findings
+
+
+def _shown(it: Subject, blob: bytes) -> list[tuple[int, str]]:
+    return [(offset, piece.hex()) for offset, piece in patches(it.blob, blob)]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=1000, help="mutants a format")
-    parser.add_argument("--format", action="append", choices=sorted(QEMU))
+    parser.add_argument("--format", action="append", choices=[*TABLE, *parsers.MAKERS])
+    parser.add_argument("--seconds", type=float, default=0, help="at most so long a format; 0: as long as it takes")
     parser.add_argument("--no-peer", action="store_true", help="do not run qemu-img on the same mutants")
+    parser.add_argument("--show", action="store_true", help="show what reads as something else, the check being silent")
     parser.add_argument("--report", type=Path, help="write the counts as JSON")
     words = parser.parse_args()
     report = {}
     failed = 0
-    for name in words.format or QEMU:
-        ours, theirs, findings = fuzz(name, words.count, with_peer=not words.no_peer)
+    for name in words.format or [*TABLE, *parsers.MAKERS]:
+        ours, theirs, findings = fuzz(
+            name, words.count, with_peer=not words.no_peer, seconds=words.seconds, show=words.show
+        )
         report[name] = {"diskmorph": dict(ours), "qemu-img": dict(theirs)}
         print(f"{name}: diskmorph {dict(ours)}; qemu-img {dict(theirs)}", flush=True)
         for finding in findings:
-            print(f"  {finding}")
+            print(f"  {finding[:2000]}")
         failed += len(findings)
     if words.report:
         words.report.write_text(json.dumps(report, indent=2, sort_keys=True) + "\n")
