@@ -56,10 +56,18 @@ trap '' TERM INT PWR HUP QUIT USR1 USR2 WINCH
 echo "diskmorph: the program exited with status $status" > /dev/console
 
 # What still runs is asked to stop, waited for a little, and killed.
-others() { for path in /proc/[0-9]*/exe; do [ -L "$path" ] && $b readlink "$path" > /dev/null && echo "$path"; done; }
+# Kernel threads have no words; the shell itself counts, so that nothing is started for it.
+others() {
+	for path in /proc/[0-9]*/cmdline; do
+		word=''
+		read -r word 2> /dev/null < "$path"
+		[ -z "$word" ] || [ "$path" = /proc/1/cmdline ] || return 0
+	done
+	return 1
+}
 kill -TERM -1 2> /dev/null
 tries=0
-while [ $tries -lt 20 ] && [ "$(others | $b grep -vc '^/proc/1/')" -gt 1 ]; do
+while [ $tries -lt 30 ] && others; do
 	$b usleep 100000
 	tries=$((tries + 1))
 done
