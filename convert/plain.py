@@ -77,6 +77,7 @@ class PlainHand:
         self._allocator, self._ways = allocator, ways
         self._memory: memoryview | None = None
         self._base_memory: memoryview | None = None
+        self._refused = 0  # bytes of this window that were to be cloned and had to be copied
         self.done = 0
         self.moved = Moved()
 
@@ -208,12 +209,13 @@ class PlainHand:
                 expected=f"{wanted} bytes",
                 found=int(data["length"].sum()),
             )
+        self._refused = 0
         if self._writer is not None:
             self._move(batch, data)
             if len(data) != len(placed):
                 self._writer.zeroes(placed[placed["kind"] != DATA], self._allocator.preallocation)
             self._writer.tables(batch.tables)
-        cloned = self._cloned(batch.window)
+        cloned = self._cloned(batch.window) - self._refused
         self.moved.copied += wanted - cloned
         self.moved.cloned += cloned
         self.moved.skipped += batch.window.stop - batch.window.start - wanted
@@ -279,6 +281,7 @@ class PlainHand:
             aligned = not (offset + base) % CLONE_ALIGN and not to % CLONE_ALIGN and not length % CLONE_ALIGN
             if not (aligned and fd is not None and self._writer.clone(fd, offset + base, number, to, length)):
                 self._copy_range(file, offset, number, to, length)
+                self._refused += length
 
     def _copy_range(self, file: int, offset: int, number: int, to: int, length: int) -> None:
         assert self._writer is not None  # noqa: S101 - for the type checker
