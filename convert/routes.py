@@ -93,6 +93,19 @@ def _to_disk_shape(asked: Asked) -> bool:
     return _shape(asked) not in {"disk", *_TREES}
 
 
+_TREE_FORMATS = frozenset({"directory", "tar", "oci", "oci-archive", "docker-archive"})
+_TREE_PREFIXES = ("oci:", "oci-archive:", "docker-archive:")
+_TREE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tzst")
+
+
+def _to_tree(asked: Asked) -> bool:
+    """Say whether a directory, an archive or a container image is asked for."""
+    wanted = asked.options.target_format
+    if wanted is not None:
+        return wanted in _TREE_FORMATS
+    return asked.target.startswith(_TREE_PREFIXES) or asked.target.lower().endswith(_TREE_SUFFIXES)
+
+
 def _to_compressed(asked: Asked) -> bool:
     from diskmorph.convert.wrappers import wrapper_of  # noqa: PLC0415 - loads nothing heavy
 
@@ -110,6 +123,7 @@ class Route(NamedTuple):
 ROUTES: tuple[Route, ...] = (
     Route(_to_tree_shape, "diskmorph.convert.cloud_trees", "tree_to_shape"),
     Route(_to_disk_shape, "diskmorph.convert.cloud", "disk_to_shape"),
+    Route(_to_tree, "diskmorph.convert.bridge.transcode", "convert_tree"),
     Route(_to_compressed, "diskmorph.convert.compressed", "convert_compressed"),
     Route(_to_iso, "diskmorph.convert.iso", "tree_to_iso"),
     Route(_from_iso, "diskmorph.convert.iso", "iso_to_disk"),

@@ -237,6 +237,11 @@ class Tree:
             self._folders.clear()
         return node
 
+    def verify_unchanged(self) -> None:
+        """Raise IntegrityError if what the files' bytes come from changed since it was opened."""
+        for source in self.sources:
+            source.verify_unchanged()
+
     def close(self) -> None:
         """Close what the files' bytes come from."""
         for source in self.sources:

@@ -53,9 +53,7 @@ def commit(
     tree = source if isinstance(source, Tree) else open_source_tree(source, options.extract)
     try:
         layer = _changed_entries(base, tree)
-        report = _write(base, layer, output, options, on_progress)
-        for opened in tree.sources:
-            opened.verify_unchanged()
+        report = _write(base, tree, layer, output, options, on_progress)
     finally:
         base.close()
         if tree is not source:
@@ -88,6 +86,7 @@ def _changed_entries(base: Image, tree: Tree) -> Sequence[Entry]:
 
 def _write(
     base: Image,
+    tree: Tree,
     entries: Sequence[Entry],
     output: Output,
     options: CommitOptions,
@@ -107,6 +106,7 @@ def _write(
         image,
         output,
         options.extract.convert,
+        tree=tree,
         total=sum(layer.archive.size for layer in fresh),
         on_progress=on_progress,
         mtime=int(identity.time()) if reproducible else 0,

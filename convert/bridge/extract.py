@@ -47,16 +47,20 @@ def extract(
         drop_pseudo(tree)
         if options.strip_boot:
             strip_boot(tree)
-        if output.is_image:
-            report = _write_image(tree, output, options, on_progress)
-        else:
-            report = write_tree(tree, output, options.convert, on_progress)
-        for opened in tree.sources:
-            opened.verify_unchanged()
+        report = write_output(tree, output, options, on_progress)
     finally:
         if tree is not source:
             tree.close()
     return replace(report, source=tree.name, target=os.fspath(target), seconds=time.monotonic() - begun)
+
+
+def write_output(
+    tree: Tree, output: Output, options: ExtractOptions, on_progress: Callable[[Progress], None] | None
+) -> ConvertReport:
+    """Write a tree as what `output` says; raise IntegrityError where its sources changed meanwhile."""
+    if output.is_image:
+        return _write_image(tree, output, options, on_progress)
+    return write_tree(tree, output, options.convert, on_progress)
 
 
 def open_source_tree(source: str | os.PathLike[str] | Disk, options: ExtractOptions) -> Tree:
@@ -90,6 +94,7 @@ def _write_image(
         image,
         output,
         options.convert,
+        tree=tree,
         total=layer.size,
         on_progress=on_progress,
         mtime=int(identity.time()) if options.convert.reproducible else 0,

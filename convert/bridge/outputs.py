@@ -106,6 +106,7 @@ def _write_tar(
             for chunk in encoded(_read(disk, tell), codec):
                 target.members[0].write(size, chunk)
                 size += len(chunk)
+            tree.verify_unchanged()
             target.commit([size])
     return _report(output, disk.size, size, Moved(encoded=disk.size))
 
@@ -134,6 +135,7 @@ def _write_directory(
     if not options.dry_run:
         with DirectoryTarget(output.path, sync=options.sync) as target:
             target.write(tree, lost, Teller("extracting", total, on_progress))
+            tree.verify_unchanged()
             target.commit()
     return _report(output, total, stored, Moved(copied=stored, skipped=total - stored))
 
@@ -181,11 +183,15 @@ def write_image(
     output: Output,
     options: ConvertOptions,
     *,
+    tree: Tree,
     total: int,
     on_progress: Callable[[Progress], None] | None = None,
     mtime: int = 0,
 ) -> ConvertReport:
-    """Write a container image; `total`: bytes of its new layers' archives. Raises TargetError."""
+    """Write a container image of a tree; `total`: bytes of its new layers' archives.
+
+    Raises TargetError, and IntegrityError where the tree's sources changed meanwhile.
+    """
     image = replace(image, tag=output.tag, progress=Teller("extracting", total, on_progress))
     stored = 0
     if options.dry_run:
@@ -195,6 +201,7 @@ def write_image(
             sink = LayoutSink(folder.part)
             write_layout(image, sink)
             folder.part.chmod(0o755)
+            tree.verify_unchanged()
             folder.commit()
             stored = sink.size
     else:
@@ -203,6 +210,7 @@ def write_image(
             archive = ArchiveSink(member.write, mtime)
             (write_docker if output.kind == "docker-archive" else write_layout)(image, archive)
             stored = archive.finish()
+            tree.verify_unchanged()
             target.commit([stored])
     plain = output.kind == "docker-archive" or image.compress == "none"
     return _report(output, total, stored, Moved(copied=total) if plain else Moved(encoded=total))

@@ -61,6 +61,9 @@ class ImageFiles:
     def close(self) -> None:
         """Give back what is held."""
 
+    def verify_unchanged(self) -> None:
+        """Raise IntegrityError if the archive changed since it was opened."""
+
     def json(self, name: str, digest: str | None = None) -> Any:
         """Return a file parsed as JSON, its digest verified if one is given."""
         with self.open(name) as source:
@@ -121,6 +124,10 @@ class ArchiveFiles(ImageFiles):
     def close(self) -> None:
         """See ImageFiles."""
         self._tree.close()
+
+    def verify_unchanged(self) -> None:
+        """See ImageFiles."""
+        self._tree.verify_unchanged()
 
 
 def blob_name(digest: str, file: str) -> str:

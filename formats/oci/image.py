@@ -21,7 +21,7 @@ from diskmorph.formats.oci.archive import (
     new_hash,
 )
 from diskmorph.formats.oci.layers import apply_layer
-from diskmorph.formats.source import FileSource
+from diskmorph.formats.source import BytesSource, FileSource
 from diskmorph.formats.spool import codec_of, decoded
 from diskmorph.formats.tree import Tree
 
@@ -90,7 +90,7 @@ class Image:
         """Yield one tree that grows: as it is after each layer. Closing the tree closes the image."""
         tree = Tree(name=self.name, format=self.format, limits=self.files.limits)
         tree.config = self.config
-        tree.sources.append(_Closer(self))  # type: ignore[arg-type]  # has close(), which is all that is called
+        tree.sources.append(_Closer(self))
         for number, layer in enumerate(self.layers):
             source = self.layer_source(layer)
             tree.sources.append(source)
@@ -116,9 +116,20 @@ class Image:
         self.files.close()
 
 
-class _Closer:
+class _Closer(BytesSource):
+    """Closes an image with the tree made of it."""
+
     def __init__(self, image: Image) -> None:
-        self.close = image.close
+        super().__init__(b"", image.name)
+        self._image = image
+
+    def verify_unchanged(self) -> None:
+        """See ByteSource."""
+        self._image.files.verify_unchanged()
+
+    def close(self) -> None:
+        """See ByteSource."""
+        self._image.close()
 
 
 def open_image(
