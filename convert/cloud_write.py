@@ -198,13 +198,13 @@ def content_of(target: FileTarget, sizes: Sequence[int]) -> ByteSource:
     return FileSource(f"/proc/self/fd/{member.fileno()}", shared=True)
 
 
-def require_readable(member: Member, size: int, digest: str) -> None:
-    """Raise IntegrityError unless a written gzip file of `size` bytes decodes to bytes of this SHA-256."""
+def require_readable(member: Member, size: int, digest: str, codec: str = "gzip") -> None:
+    """Raise IntegrityError unless a written, compressed file of `size` bytes decodes to bytes of this SHA-256."""
     from diskmorph.formats.spool import decode_stream  # noqa: PLC0415 - only with --verify
 
     found = hashlib.sha256()
     with FileSource(f"/proc/self/fd/{member.fileno()}", shared=True) as source:
-        for chunk in decode_stream(source.window(0, size, member.name), "gzip"):
+        for chunk in decode_stream(source.window(0, size, member.name), codec):
             found.update(chunk)
     if found.hexdigest() != digest:
         raise IntegrityError("what was written does not read back", file=member.name)

@@ -107,6 +107,13 @@ def _require_whole(opened: Opened) -> None:
         raise UnsupportedError(
             "an overlay cannot be resized in its place", file=opened.name, feature="resize", hint="write to -o FILE"
         )
+    if info is not None and "compressed_by" in info.features:
+        raise UnsupportedError(
+            "is compressed as one file and cannot be resized in its place",
+            file=opened.name,
+            feature="resize",
+            hint="write to -o FILE",
+        )
     if info is not None and (info.snapshots or info.bitmaps):
         raise UnsupportedError(
             "resizing in its place would lose its snapshots or bitmaps",

@@ -36,7 +36,7 @@ def describe(
     parents = parents or Parents()
     with Opener(parents, limits).user_file(path) as source:
         entry, found = identify(source, format)
-        if entry.kind == "disk":
+        if entry.kind in {"disk", "wrapper"}:
             return None
         common = _common(str(path), entry.name, source.size, found)
         if entry.kind == "part":

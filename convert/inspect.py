@@ -185,7 +185,8 @@ def _stored(source: ByteSource) -> tuple[int, int]:
     """Return a file's length and the room that it takes on its file system, in bytes."""
     path = source.path
     if path is None:
-        return source.size, source.size
+        stored = getattr(source, "stored_size", source.size)  # of what was decoded
+        return stored, stored
     try:
         return source.size, path.stat().st_blocks * 512
     except OSError:

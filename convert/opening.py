@@ -88,7 +88,8 @@ def open_source(
 
         for layer in reversed(layers[:-1]):
             whole = Overlay(layer, whole)
-    return Opened(source.name, whole, entry.name, layers[0].info, layers, found)
+    kind = layers[0].info.format if entry.kind == "wrapper" else entry.name
+    return Opened(source.name, whole, kind, layers[0].info, layers, found)
 
 
 class _Spool(FileSource):

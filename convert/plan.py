@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Self
 from diskmorph.convert.opening import Opened, open_source
 from diskmorph.convert.targets import Profile, applied, changes, padded
 from diskmorph.formats.allocator import Allocator, Identity, NewImage, NewParent
-from diskmorph.formats.errors import FormatError, OptionError, TargetError
+from diskmorph.formats.errors import FormatError, OptionError, TargetError, UnsupportedError
 from diskmorph.formats.extents import DEFLATE
 from diskmorph.formats.probe import Format, format_of_suffix
 from diskmorph.formats.registry import load, require_format
@@ -129,7 +129,13 @@ def _open_base(options: ConvertOptions) -> Opened | None:
     if options.base is None:
         return None
     parents = replace(options.parents, backing=None)
-    return open_source(options.base, format=options.base_format, parents=parents, limits=options.limits)
+    base = open_source(options.base, format=options.base_format, parents=parents, limits=options.limits)
+    if base.info is not None and "compressed_by" in base.info.features:
+        base.close()
+        raise UnsupportedError(
+            "is compressed as one file and can be no parent", feature="compressed parents", file=base.name
+        )
+    return base
 
 
 def new_allocator(entry: Format, disk: Disk, target: str, options: ConvertOptions, base: Opened | None) -> Allocator:

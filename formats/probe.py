@@ -39,7 +39,7 @@ class Format:
     writes: bool = True
     title: str = ""
     kind: str = "disk"
-    """"disk"; "package": metadata with disks; "part": a kernel or ramdisk, which is no disk."""
+    """"disk"; "package": metadata with disks; "part": a kernel or ramdisk; "wrapper": an image is inside."""
 
 
 def at(offset: int, magic: bytes, name: str, what: str) -> Callable[[ByteSource], Signature | None]:
@@ -104,6 +104,15 @@ def _marked(
         return Signature(name, 0, what) if getattr(package_probe, test)(source) else None
 
     return probe
+
+
+def _compressed(source: ByteSource) -> Signature | None:
+    """Find a compressed file that holds one image: what it holds is identified when it is opened."""
+    if not source.read_upto(0, 6).startswith((b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd", b"\xfd7zXZ", b"BZh")):
+        return None
+    from diskmorph.formats.compressed.probe import is_compressed_image  # noqa: PLC0415 - most images are not
+
+    return Signature("compressed", 0, "compressed stream") if is_compressed_image(source) else None
 
 
 def _is_markup(head: bytes) -> bool:
@@ -194,6 +203,16 @@ FORMATS: tuple[Format, ...] = (
     ),
 )
 
+_COMPRESSED = Format(
+    "compressed",
+    _DISKS + "compressed",
+    _compressed,
+    suffixes=(".gz", ".xz", ".zst", ".bz2"),
+    writes=False,
+    title="an image compressed as one file",
+    kind="wrapper",
+)
+
 _ISO = Format(
     "iso",
     _DISKS + "iso",
@@ -201,7 +220,7 @@ _ISO = Format(
     suffixes=(".iso",),
     title="optical disc",
 )
-FORMATS += (_ISO,)  # last: what lies in a container is not the outermost format
+FORMATS += (_COMPRESSED, _ISO)  # last: what lies in a container is not the outermost format
 
 RAW = Format("raw", _DISKS + "raw", lambda _: None, suffixes=(".raw", ".img", ".dd", ".bin"), title="plain disk")
 

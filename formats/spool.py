@@ -145,11 +145,37 @@ class _Feed:
 def _zstd(feed: Iterator[bytes], source: ByteSource) -> Iterator[bytes]:
     import zstandard  # noqa: PLC0415
 
+    _require_whole_frames(source)
     decoder = zstandard.ZstdDecompressor(max_window_size=_MEMORY // 2)
     with decoder.stream_reader(_Feed(feed), read_size=_FEED, read_across_frames=True) as reader:  # type: ignore[arg-type]
         while data := reader.read(_OUT):
             yield data
-    del source
+
+
+def _require_whole_frames(source: ByteSource) -> None:
+    """Raise FormatError where the last frame is cut off, which zstandard's reader takes for an end.
+
+    Only headers of frames and blocks are read (RFC 8878, 3.1.1 and 3.1.2).
+    """
+    import zstandard  # noqa: PLC0415
+
+    at = 0
+    while at < source.size:
+        head = source.read_upto(at, 18)
+        if head[1:4] == b"\x2a\x4d\x18" and head[0] >> 4 == 5:  # a skippable frame
+            at += 8 + int.from_bytes(head[4:8], "little")
+        else:
+            parameters = zstandard.get_frame_parameters(head)
+            at += zstandard.frame_header_size(head)
+            last = False
+            while not last and at < source.size:
+                header = int.from_bytes(source.read_upto(at, 3), "little")
+                last, kind, size = bool(header & 1), header >> 1 & 3, header >> 3
+                at += 3 + (1 if kind == 1 else size)
+            at += 4 if parameters.has_checksum else 0
+            at += 0 if last else 1
+    if at != source.size:
+        raise FormatError("its zstd stream is cut off", file=source.name, format="zstd", offset=source.size)
 
 
 class Spool(ByteSource):

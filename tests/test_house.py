@@ -13,8 +13,9 @@ ROOT = Path(__file__).resolve().parent.parent
 OTHERS = {"tests", "benchmarks", "fixtures", "scripts", "docs", "build", "dist"}
 LAYERS = ("cli", "commands", "convert", "formats")
 """Who may import whom: each only itself and what stands to its right."""
-BUILT_ON = {"ovf": {"tar"}, "oci": {"tar"}, "ami": {"tar"}}
-"""Formats that are defined as archives of another one, and may know it: an OVA is a tar, as are layers and bundles."""
+BUILT_ON = {"ovf": {"tar"}, "oci": {"tar"}, "ami": {"tar"}, "compressed": {"tar"}}
+"""Formats that are defined as archives of another one, and may know it: an OVA is a tar, as are layers,
+bundles and the tarballs of clouds."""
 
 
 def sources() -> list[Path]:
