@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diskmorph.formats.errors import DiskmorphError, FormatError, OptionError
+from diskmorph.formats.errors import DiskmorphError
 from diskmorph.formats.limits import Limits
 from diskmorph.formats.source import ByteSource, FileSource
 
@@ -39,7 +39,7 @@ def open_tree(
     platform: str | None = None,
     limits: Limits | None = None,
 ) -> Tree:
-    """Open a directory, an archive or a container image as a tree.
+    """Open a directory, an archive, a container image, an ISO or a disk's root file system as a tree.
 
     Archives may be compressed (gzip, zstd, xz): they are decoded once into an unlinked file in `$TMPDIR`. `format`
     decides where content is ambiguous; `platform` (`os/architecture[/variant]`) chooses from an image index. Close the
@@ -62,9 +62,20 @@ def open_tree(
         from diskmorph.formats.iso import open_tree as open_iso  # noqa: PLC0415
 
         return open_iso(FileSource(name), limits)
-    if found is None:
-        raise FormatError("is no tree: no directory, archive or container image", file=name)
-    raise OptionError(f"{found} is no format of trees", hint=f"one of {', '.join(TREE_FORMATS)}")
+    return _open_root(name, found, limits)
+
+
+def _open_root(name: str, format: str | None, limits: Limits) -> Tree:
+    """Open the root file system of a disk."""
+    from diskmorph.formats.registry import open_disk  # noqa: PLC0415
+    from diskmorph.formats.roots import open_root  # noqa: PLC0415
+
+    disk = open_disk(name, format=format, limits=limits)
+    try:
+        return open_root(disk, limits=limits)
+    except BaseException:
+        disk.close()
+        raise
 
 
 def _open_tar(source: ByteSource, limits: Limits) -> Tree:
@@ -83,17 +94,20 @@ def _open_tar(source: ByteSource, limits: Limits) -> Tree:
 
 def _archive_format(source: ByteSource) -> str | None:
     """Return the kind of archive a file is."""
-    from diskmorph.formats.spool import codec_of, head_of  # noqa: PLC0415
+    from diskmorph.formats.spool import codec_of, decoded, head_of  # noqa: PLC0415
     from diskmorph.formats.tar.schema import is_tar  # noqa: PLC0415
 
     head = head_of(source, 512)
     if not is_tar(head):
         return "iso" if source.read_upto(_ISO_MARK, 5) == b"CD001" else None
-    if codec_of(source) is not None:
-        return "tar"
-    from diskmorph.formats.oci import archive_format  # noqa: PLC0415
+    from diskmorph.formats.oci.archive import archive_format, may_be_image  # noqa: PLC0415
 
-    return archive_format(source) or "tar"
+    if codec_of(source) is None:
+        return archive_format(source) or "tar"
+    if not may_be_image(head):
+        return "tar"
+    with decoded(source.window(0, source.size), Limits()) as plain:
+        return archive_format(plain) or "tar"
 
 
 def _prefixed(path: str) -> tuple[str | None, str]:

@@ -25,6 +25,12 @@ _DIGEST = re.compile(r"(sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128})")
 _STEP = 1 << 20
 
 
+def may_be_image(head: bytes) -> bool:
+    """Return whether an archive whose first header is `head` may hold an image: by its first name alone."""
+    name = head[:100].split(b"\0", 1)[0]
+    return bool(name) and name not in (b"./", b".") and _NAMES.fullmatch(name) is not None
+
+
 def archive_format(source: ByteSource) -> str | None:
     """Return "docker-archive" or "oci-archive" if this plain tar archive holds a container image, else None.
 
