@@ -17,7 +17,6 @@ from diskmorph.convert.bridge.shelf import Shelf, given_file
 from diskmorph.convert.bridge.uki import find_stub, make_uki
 from diskmorph.formats.errors import OptionError
 from diskmorph.formats.fat import FatOptions, fat_disk
-from diskmorph.formats.source import ByteSource, BytesSource
 from diskmorph.formats.tree import Node, Tree, file_node
 from diskmorph.formats.views import Memory
 
@@ -32,14 +31,6 @@ _SECTOR = 512
 _CONSOLES = {"amd64": "ttyS0,115200n8", "386": "ttyS0,115200n8", "arm64": "ttyAMA0,115200n8"}
 _WORDS = {"azure": "rootdelay=300", "aws": "nvme_core.io_timeout=4294967295"}
 _FOLDER = "boot/diskmorph"
-
-
-@dataclass(frozen=True)
-class Started(Boot):
-    """What booting adds, with the kernel and the ramdisk that start it: the aki and ari of a triple."""
-
-    kernel: ByteSource = field(default_factory=lambda: BytesSource(b""))
-    initrd: ByteSource = field(default_factory=lambda: BytesSource(b""))
 
 
 @dataclass
@@ -69,7 +60,7 @@ class _Job:
         return self.identity.u32("esp")
 
 
-def prepare_boot(tree: Tree, options: BuildOptions, identity: Identity) -> Started:
+def prepare_boot(tree: Tree, options: BuildOptions, identity: Identity) -> Boot:
     """Put what booting needs into the tree; return partitions before the root, the MBR's code, what a user should know.
 
     Nothing of the tree is executed. Raises OptionError where a part is missing: it says which package or option
@@ -93,7 +84,7 @@ def prepare_boot(tree: Tree, options: BuildOptions, identity: Identity) -> Start
     kernel_path, initrd_path = _put_kernel(job, kernel, initrd)
     parts, code = _parts(job, kernel, initrd, cmdline, (kernel_path, initrd_path))
     job.inject.finish(job.mtime)
-    return Started(tuple(parts), code, tuple(job.notes), kernel.node.source("kernel"), initrd.source("ramdisk"))
+    return Boot(tuple(parts), code, tuple(job.notes), kernel.node.source("kernel"), initrd.source("ramdisk"))
 
 
 def _program(job: _Job) -> Program | None:

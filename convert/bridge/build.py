@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from diskmorph.convert.bridge.facts import architecture, seed_of
 from diskmorph.convert.bridge.options import BuildOptions
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from diskmorph.convert.options import ConvertReport, Progress
     from diskmorph.formats.disk import Disk
     from diskmorph.formats.ext4.writer import State
+    from diskmorph.formats.source import ByteSource
 
 _LEAST_ROOT = 8 * MIB
 
@@ -38,6 +39,17 @@ class Boot:
     parts: tuple[Part, ...] = ()
     mbr_code: bytes = b""
     notes: tuple[str, ...] = field(default_factory=tuple)
+    kernel: ByteSource | None = None
+    ramdisk: ByteSource | None = None
+
+
+class Composed(NamedTuple):
+    """A disk that is to be written, its root file system, what booting added, what the disk cannot hold."""
+
+    disk: Disk
+    root: Disk
+    boot: Boot
+    lost: tuple[str, ...]
 
 
 def build(
@@ -62,8 +74,10 @@ def build(
         return build_layers(source, target, options, on_progress)
     tree = source if isinstance(source, Tree) else _open(source, options)
     try:
-        disk, notes, lost = built(tree, options)
-        report = convert(disk, target, options=replace(options.convert, source_format=None), on_progress=on_progress)
+        composed = composed_of(tree, options)
+        plain = replace(options.convert, source_format=None)
+        report = convert(composed.disk, target, options=plain, on_progress=on_progress)
+        _write_triple(composed, options)
     finally:
         if tree is not source:
             tree.close()
@@ -71,8 +85,8 @@ def build(
         report,
         source=tree.name,
         seconds=time.monotonic() - begun,
-        lost=(*report.lost, *lost),
-        notes=(*report.notes, *notes),
+        lost=(*report.lost, *composed.lost),
+        notes=(*report.notes, *composed.boot.notes),
     )
 
 
@@ -87,14 +101,29 @@ def built(tree: Tree, options: BuildOptions) -> tuple[Disk, tuple[str, ...], tup
 
     The disk reads from the tree's sources: keep the tree open.
     """
+    found = composed_of(tree, options)
+    return found.disk, found.boot.notes, found.lost
+
+
+def composed_of(tree: Tree, options: BuildOptions) -> Composed:
+    """Return the disk of a tree with its parts; see `built`."""
     identity = Identity(seed_of(tree)) if options.convert.reproducible else Chance()
     boot = prepare(tree, options, identity)
     writer = Ext4Writer(Ext4Options(label=options.label.encode(), identity=identity))
     writer.take(tree)
     root_type = ROOT_TYPES.get(architecture(tree), ROOT_TYPES["amd64"])
-    disk = assemble(writer, boot, root_type, options, identity)
-    lost = (*tree.lost, *counted(writer.lost))
-    return disk, boot.notes, lost
+    root = root_part(writer, boot, root_type, options)
+    disk = assemble(root, boot, options, identity)
+    return Composed(disk, root.disk, boot, (*tree.lost, *counted(writer.lost)))
+
+
+def _write_triple(composed: Composed, options: BuildOptions) -> None:
+    kernel, ramdisk = composed.boot.kernel, composed.boot.ramdisk
+    if options.triple is None or options.convert.dry_run or kernel is None or ramdisk is None:
+        return
+    from diskmorph.convert.bridge.triple import write_triple  # noqa: PLC0415 - seldom asked for
+
+    write_triple(options.triple, composed.root, kernel, ramdisk, options)
 
 
 def prepare(tree: Tree, options: BuildOptions, identity: Identity) -> Boot:
@@ -106,10 +135,9 @@ def prepare(tree: Tree, options: BuildOptions, identity: Identity) -> Boot:
     return prepare_boot(tree, options, identity)
 
 
-def assemble(writer: Ext4Writer, boot: Boot, root_type: str, options: BuildOptions, identity: Identity) -> Disk:
-    """Return the whole disk in the size asked for. Raises TargetError where that is too small."""
+def assemble(root: Part, boot: Boot, options: BuildOptions, identity: Identity) -> Disk:
+    """Return the whole disk in the size asked for."""
     _, profile = applied(options.convert)
-    root = root_part(writer, boot, root_type, options)
     total = size_of([*boot.parts, root]) if options.size.total is None else options.size.total
     return compose([*boot.parts, root], padded(total, profile), identity, boot.mbr_code)
 
