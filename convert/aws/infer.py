@@ -149,13 +149,13 @@ def _programs(disk: Disk, part: Partition) -> Iterator[str]:
 
 
 def _child(node: Node, name: bytes) -> Node | None:
-    return next((child for key, child in node.children().items() if key.lower() == name and child.is_dir), None)
+    return next((child for key, child in node.children.items() if key.lower() == name and child.is_dir), None)
 
 
 def _efi_files(folder: Node) -> Iterator[tuple[bytes, Node]]:
-    for vendor in folder.children().values():
+    for vendor in folder.children.values():
         if vendor.is_dir:
-            for name, node in vendor.children().items():
+            for name, node in vendor.children.items():
                 if name.lower().endswith(b".efi") and not node.is_dir:
                     yield name.lower(), node
 
@@ -207,7 +207,7 @@ def _kernel(disk: Disk, table: PartitionTable) -> str | None:
                 folder = tree.find(place) if place else tree.root
                 if folder is None or not folder.is_dir:
                     continue
-                for name, node in folder.children().items():
+                for name, node in folder.children.items():
                     if name.startswith((b"vmlinuz", b"Image")) and not node.is_dir:
                         found = _kernel_head(node)
                         if found is not None:

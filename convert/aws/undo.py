@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -137,6 +138,18 @@ def tagged(session: Session, region: str, job: str | None = None) -> Iterator[tu
             yield Thing(kind, row[field], region, tags_of(row).get(JOB)), row
 
 
+def import_tasks(session: Session, region: str, job: str) -> Iterator[Thing]:
+    """Yield a job's import tasks that are still running."""
+    for action, key in (
+        ("ec2:DescribeImportSnapshotTasks", "ImportSnapshotTasks"),
+        ("ec2:DescribeImportImageTasks", "ImportImageTasks"),
+    ):
+        for row in session.call(action, region=region, patience=SHORT).get(key) or ():
+            status = row.get("Status") or (row.get("SnapshotTaskDetail") or {}).get("Status")
+            if tags_of(row).get(JOB) == job and status in {"active", "pending"}:
+                yield Thing(TASK, row["ImportTaskId"], region, job)
+
+
 class Undo:
     """A stack of what was made. Thread-safe enough: things are added by one call of `append` each."""
 
@@ -145,6 +158,7 @@ class Undo:
         self.things: list[Thing] = []
         self.left = False
         self._doubtful: list[str] = []
+        self._doubtful_task: str | None = None
 
     def made(self, kind: str, id: str, region: str, extra: str = "") -> None:
         """Take note of a thing that was made."""
@@ -159,10 +173,15 @@ class Undo:
         if region not in self._doubtful:
             self._doubtful.append(region)
 
+    def doubtful_task(self, region: str | None) -> None:
+        """Take note that a call is under way that may start an import task in a region; None: it has answered."""
+        self._doubtful_task = region
+
     def clear(self) -> None:
         """Forget all: the job is finished."""
         self.things.clear()
         self._doubtful.clear()
+        self._doubtful_task = None
 
     def everything(self) -> list[Thing]:
         """Return what there is to remove: images first, what is only found by its tag included."""
@@ -172,6 +191,9 @@ class Undo:
                 found += [thing for thing, _ in tagged(self._session, region, self._job())]
             except AwsError:
                 continue
+        if self._doubtful_task is not None:
+            with contextlib.suppress(AwsError):
+                found += import_tasks(self._session, self._doubtful_task, self._job())
         unique = {(thing.kind, thing.id, thing.region): thing for thing in found}
         order = (TASK, IMAGE, SNAPSHOT, UPLOAD, OBJECT)
         return sorted(unique.values(), key=lambda thing: order.index(thing.kind))
