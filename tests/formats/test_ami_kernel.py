@@ -186,7 +186,7 @@ def test_zboot(codec, pack):
 def test_kernels_are_known_by_content_and_are_no_disks(tmp_path, data):
     path = tmp_path / "vmlinuz"
     path.write_bytes(data)
-    assert [s.format for s in signatures(BytesSource(data)) if s.outer] == ["aki"]
+    assert next(s.format for s in signatures(BytesSource(data)) if s.outer) == "aki"
     with pytest.raises(UnsupportedError, match=r"Linux kernel.*-f raw"):
         open_disk(path)
     with open_disk(path, format="raw") as disk:
