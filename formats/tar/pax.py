@@ -75,6 +75,9 @@ def apply(pax: Pax, node: Node, name: bytes, file: str, at: int, lost: list[str]
             _apply_acl(xattrs, acl.XATTRS[key], value, name, lost)
     if xattrs:
         node.xattrs = xattrs
+        access = xattrs.get(b"system.posix_acl_access")
+        if access is not None and (bits := acl.permission_bits(access)) is not None:
+            node.mode = node.mode & ~0o777 | bits  # as the kernel does when the ACL is set
 
 
 def _apply_acl(xattrs: dict[bytes, bytes], key: bytes, value: bytes, name: bytes, lost: list[str]) -> None:

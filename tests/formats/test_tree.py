@@ -5,6 +5,7 @@ from __future__ import annotations
 import stat
 
 import pytest
+
 from diskmorph.formats.errors import FormatError
 from diskmorph.formats.limits import Limits
 from diskmorph.formats.source import BytesSource
