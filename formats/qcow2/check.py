@@ -12,6 +12,7 @@ import numpy as np
 
 from diskmorph.formats.check import ERROR, LEAK, WARNING, CheckReport
 from diskmorph.formats.errors import FormatError, OptionError, UnsupportedError
+from diskmorph.formats.extents import PLAIN
 from diskmorph.formats.qcow2 import schema as s
 from diskmorph.formats.qcow2.flags import Singles, active_tables, wrong_flags
 from diskmorph.formats.qcow2.header import read_header
@@ -50,7 +51,7 @@ def check_image(source: ByteSource, context: OpenContext, repair: str | None = N
         _check_window(survey, counter, singles, report)
         del counter
     _check_copied(survey, singles, report)
-    _check_tail(source, header, context, report)
+    _check_tail(survey, context, report)
     if repair is not None:
         plan_repair(survey, windows, repair, report)
     return report
@@ -68,13 +69,18 @@ def _check_bits(header: Header, report: CheckReport) -> None:
         report.add("header", 88, "the bitmaps are out of date: their autoclear bit is not set", WARNING)
 
 
-def _check_tail(source: ByteSource, header: Header, context: OpenContext, report: CheckReport) -> None:
+def _check_tail(survey: Survey, context: OpenContext, report: CheckReport) -> None:
     """Report data that is missing where the file ends inside a cluster, which no count of clusters shows."""
-    if source.size % header.cluster == 0 or header.has_data_file or report.corruptions:
+    source, header = survey.source, survey.header
+    inside = source.size % header.cluster != 0 and not header.has_data_file
+    if report.corruptions or not (inside or survey.overhang):
         return
     try:
-        for _ in open_image(source, context).extents():
-            pass
+        disk = open_image(source, context)
+        for rows in disk.extents():
+            last = rows[(rows["codec"] != PLAIN) & (rows["offset"] + rows["stored"] >= source.size)]
+            for start in last["start"].tolist():
+                disk.read(start, 1)
     except FormatError as error:
         report.add(error.structure or "data cluster", error.offset, error.problem)
     except UnsupportedError:  # encrypted: where its data lies is not looked at

@@ -85,7 +85,9 @@ def _faults(
     places = entries & _U(s.OFFSET_MASK)
     start, length = compressed_ranges(entries, header.cluster_bits)
     begin = np.where(packed, start, places.astype(np.int64))
-    beyond = begin + np.where(packed, length, header.cluster) - survey.source.size >= header.cluster
+    over = begin + np.where(packed, length, header.cluster) - survey.source.size
+    survey.overhang |= bool((packed & (over > 0)).any())
+    beyond = over >= header.cluster
     if header.has_data_file:
         beyond[:] = False
     faults = [

@@ -57,7 +57,8 @@ class Survey:
     `fixed` are clusters of all metadata but L2 tables and refcounts, `refcounts` those of the refcount table and its
     blocks, with repetitions; `tables` the offsets of L2 tables in ascending order, `weights` how many L1 entries refer
     to each; `l1` the active L1 table and `blocks` the refcount table, faulty entries cleared. `structural` counts
-    faults that no repair mends, `rebuild` says whether the refcounts cannot be mended where they are.
+    faults that no repair mends, `rebuild` says whether the refcounts cannot be mended where they are; `overhang`,
+    whether the sectors of a compressed cluster pass the file's end.
     """
 
     source: ByteSource
@@ -70,6 +71,7 @@ class Survey:
     weights: NDArray[np.int64]
     structural: int = 0
     rebuild: bool = False
+    overhang: bool = False
     clusters: int = field(init=False)
     window: int = field(init=False)
     """Clusters whose references are counted at once."""
