@@ -67,7 +67,17 @@ def parse(raw: bytes, file: str, limits: Limits) -> Descriptor:
     Raises FormatError for extent lines and CIDs that make no sense or contradict each other, UnsupportedError for an
     unknown encoding.
     """
-    lines = re.split(r"\r\n|\n|\r", _decode(raw.split(b"\0", 1)[0], file))
+    raw = raw.split(b"\0", 1)[0]
+    try:
+        return _parse(_decode(raw, file), file, limits)
+    except FormatError as error:
+        line = int(error.field.removeprefix("line ")) if (error.field or "").startswith("line ") else 1
+        starts = [0, *(end.end() for end in re.finditer(rb"\r\n|\n|\r", raw))]
+        raise error.located(offset=starts[min(line, len(starts)) - 1]) from error.__cause__
+
+
+def _parse(whole: str, file: str, limits: Limits) -> Descriptor:
+    lines = re.split(r"\r\n|\n|\r", whole)
     extents: list[ExtentLine] = []
     values: dict[str, str] = {}
     strange: list[str] = []

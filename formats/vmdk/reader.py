@@ -124,7 +124,18 @@ def find_descriptor(source: ByteSource, context: OpenContext) -> Descriptor | No
                 expected="# Disk DescriptorFile",
                 found=raw[:16],
             )
-        return text.parse(raw, source.name, context.limits)
+        found = text.parse(raw, source.name, context.limits)
+        if b"#DDB" not in raw and not any(key.startswith("ddb.") for key in found.values):
+            raise FormatError(
+                "the descriptor is truncated: it ends before the disk data base, and may lack extents",
+                file=source.name,
+                format="vmdk",
+                structure="descriptor",
+                field="#DDB",
+                offset=source.size,
+                hint="append a line `#DDB` if it is complete",
+            )
+        return found
     if source.read(0, 4) != schema.HOSTED_MAGIC:
         return None
     raw = embedded_descriptor(source, hosted.parse_header(source), context)
@@ -246,7 +257,7 @@ class Opening:
 
     def _fault(self, problem: str, name: str, found: object = None) -> FormatError:
         return FormatError(
-            problem, file=self.source.name, format="vmdk", structure="descriptor", field=name, found=found
+            problem, file=self.source.name, format="vmdk", structure="descriptor", field=name, offset=0, found=found
         )
 
     def refuse_devices(self) -> None:
