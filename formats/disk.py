@@ -122,6 +122,7 @@ class Disk(ABC):
         try:
             return decode(codec, data, max(self.unit_size(), least))
         except DiskmorphError as error:
+            error.structure = error.structure or "compressed data"
             raise error.located(file=source.name, format=self.format, offset=offset) from error.__cause__
 
     def unit_size(self) -> int:

@@ -256,7 +256,8 @@ def _read_header(source: ByteSource, offset: int) -> Any:
             "the dynamic header lies beyond the end of the file",
             structure="footer",
             field="data_offset",
-            expected=f"at most {source.size - HEADER_SIZE}",
+            offset=16,
+            expected=f"at most {max(source.size - HEADER_SIZE, 0)}",
             found=offset,
         )
     raw = source.read(offset, HEADER_SIZE)
