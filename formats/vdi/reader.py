@@ -183,6 +183,8 @@ def _require_sane(header: Header, source: ByteSource) -> None:
             expected=f"{header.map_end - header.map_offset} bytes",
             found=f"the end at {source.size}",
         )
+    if header.version >> 16 and header.data_offset % 512:
+        raise _wrong("data_offset", None, "a multiple of 512", header.data_offset)
     if header.data_offset < header.map_end:
         raise _wrong("data_offset", None, f"at least {header.map_end}, behind the map", header.data_offset)
 
