@@ -200,3 +200,7 @@ def _check_shared(disk: ParallelsDisk, report: CheckReport) -> None:
     if shared.overlapping:
         some = ", ".join(str(place * _SECTOR) for place in shared.some[:4])
         report.add("block table", HEADER_SIZE, f"clusters overlap in the file, at {some}", count=shared.overlapping)
+    first = disk.header.data_offset * _SECTOR or -(-disk.table_end // disk.cluster_size) * disk.cluster_size
+    spare = (disk.files[0].size - first) // disk.cluster_size - shared.distinct
+    if spare > 0:
+        report.add("block table", HEADER_SIZE, f"{spare} clusters of the file belong to no place of the disk", WARNING)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from construct import Const, Int8ub, Int32ub, Int64ub, Padding, Struct
 
-from diskmorph.formats.check import CheckReport
+from diskmorph.formats.check import WARNING, CheckReport
 from diskmorph.formats.disk import ImageDisk, ImageInfo, ParentRef
 from diskmorph.formats.errors import FormatError, OptionError, SourceError, UnsupportedError
 from diskmorph.formats.extents import ABSENT, DATA, DEFLATE, EXTENT, HOLE, PLAIN, clip, row
@@ -277,6 +277,17 @@ class QcowDisk(ImageDisk):
         packed = rows["codec"] != PLAIN
         ends = rows["offset"] + np.where(packed, rows["stored"].astype(_U), rows["length"])
         data = rows["kind"] == DATA
+        askew = np.flatnonzero(data & ~packed & (rows["offset"] % _U(self._header.cluster) != 0))
+        if len(askew):
+            worst = rows[askew[0]]
+            raise _bad(
+                f"the data of disk offset {int(worst['start'])} does not begin on a cluster",
+                source,
+                "L2 table",
+                field="offset",
+                offset=int(worst["offset"]),
+                expected=f"a multiple of {self._header.cluster}",
+            )
         beyond = np.flatnonzero(data & ((ends > _U(source.size)) | packed & (rows["stored"] == 0)))
         if not len(beyond):
             return rows
@@ -290,6 +301,29 @@ class QcowDisk(ImageDisk):
             expected=f"{int(ends[beyond[0]]) - int(worst['offset'])} bytes",
             found=f"the end at {source.size}",
         )
+
+    def check_places(self, rows: NDArray[np.void], report: CheckReport) -> None:
+        """Report what lies over something else, and room in which nothing lies; `rows` are all DATA extents."""
+        header, l1 = self._header, self._table()
+        if header.size % 512:
+            report.add("header", 24, f"the disk's size {header.size} is not a multiple of 512")
+        tables = l1[l1 != 0]
+        cluster = _U(header.cluster)
+        room = np.where(
+            rows["codec"] == PLAIN, (rows["length"] + cluster - _U(1)) // cluster * cluster, rows["stored"].astype(_U)
+        )
+        starts = np.concatenate((np.array([0, header.l1_offset], _U), tables, rows["offset"]))
+        lengths = np.concatenate(
+            (np.array([48, header.l1_size * 8], _U), np.full(len(tables), 8 << header.l2_bits, _U), room)
+        )
+        order = np.argsort(starts, kind="stable")
+        starts, ends = starts[order], np.maximum.accumulate((starts + lengths)[order])
+        for place in starts[1:][ends[:-1] > starts[1:]].tolist():
+            report.add("L2 table", place, "a place in the file is used twice")
+        reach = np.append(starts[1:], _U(max(self.files[0].size, int(ends[-1]))))
+        gaps = (reach - np.minimum(ends, reach)) // cluster
+        if gaps.any():
+            report.add("file", int(ends[np.argmax(gaps != 0)]), f"{int(gaps.sum())} clusters hold nothing", WARNING)
 
 
 def open_image(source: ByteSource, context: OpenContext) -> QcowDisk:
@@ -314,8 +348,6 @@ def check_image(source: ByteSource, context: OpenContext, repair: str | None = N
     except FormatError as error:
         report.add(error.structure or "table", error.offset, error.problem)
         return report
-    rows = np.sort(np.concatenate(seen), order="offset") if seen else np.zeros(0, EXTENT)
-    ends = rows["offset"] + np.where(rows["codec"] == PLAIN, rows["length"], rows["stored"].astype(_U))
-    for index in np.flatnonzero(ends[:-1] > rows["offset"][1:]).tolist():
-        report.add("L2 table", int(rows["offset"][index + 1]), "a place in the file is used by two clusters")
+    rows = np.concatenate(seen) if seen else np.zeros(0, EXTENT)
+    disk.check_places(rows, report)
     return report
