@@ -51,14 +51,13 @@ class Places:
             words = [start + match.start() // 8 * 8 for match in re.finditer(rb"[^\0]{1,8}", blob[: 1 << 20])]
             self._used.append(words or [start])
 
-    def some(self, rng: random.Random, blob: bytearray) -> int:
+    def some(self, rng: random.Random, blob: bytearray) -> tuple[int, int]:
+        """A place, and how many bytes of metadata there are from it on."""
         number = rng.randrange(len(self._ranges))
         start, stop = self._ranges[number]
-        if rng.random() < 0.85:
-            at = rng.choice(self._used[number]) + rng.randrange(8)
-        else:
-            at = rng.randrange(start, stop)
-        return max(min(at, len(blob) - 8), 0)
+        at = rng.choice(self._used[number]) + rng.randrange(8) if rng.random() < 0.85 else rng.randrange(start, stop)
+        at = max(min(at, len(blob) - 8, stop - 1), 0)
+        return at, max(min(stop, len(blob)) - at, 0)
 
 
 def _words(rng: random.Random, blob: bytearray) -> bytearray:
@@ -95,26 +94,27 @@ def mutant(it: Subject, places: Places, number: int) -> bytes:
 
 def _hit(rng: random.Random, places: Places, blob: bytearray) -> bytearray:
     kind = rng.randrange(12)
-    at = places.some(rng, blob)
+    at, room = places.some(rng, blob)
     if kind < 7:
         size, ends = rng.choice((1, 2, 4, 4, 8, 8)), rng.choice("<>")
         at -= at % size if rng.random() < 0.9 else 0
-        value = _value(rng, size, blob, at, ends)
-        blob[at : at + size] = value.to_bytes(size, "little" if ends == "<" else "big")
+        value = _value(rng, size, blob, at, ends).to_bytes(size, "little" if ends == "<" else "big")
+        blob[at : at + min(size, room)] = value[:room]
     elif kind == 7:
         length = rng.choice((4, 8, 16, 64, 512))
-        other = places.some(rng, blob)
-        blob[at : at + length] = blob[other : other + length].ljust(length, b"\0")
+        other, more = places.some(rng, blob)
+        piece = bytes(blob[other : other + min(length, room, more)])
+        blob[at : at + len(piece)] = piece
     elif kind == 8:
-        length = rng.choice((4, 8, 64, 512))
-        blob[at : at + length] = bytes(min(length, len(blob) - at))
+        length = min(rng.choice((4, 8, 64, 512)), room)
+        blob[at : at + length] = bytes(length)
     elif kind == 9:
         del blob[rng.choice((at, at // 512 * 512, rng.randrange(len(blob)))) :]
     elif kind == 10:
         blob += rng.randbytes(rng.choice((1, 511, 512, 70000)))
     else:
-        length = rng.choice((8, 64))
-        blob[at : at + length] = rng.randbytes(min(length, max(len(blob) - at, 0)))
+        length = min(rng.choice((8, 64)), room)
+        blob[at : at + length] = rng.randbytes(length)
     return blob
 
 

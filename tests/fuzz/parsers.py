@@ -10,10 +10,13 @@ import json
 import os
 import struct
 import subprocess
+import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import ovfkit
 from formats.test_ami_kernel import bzimage

@@ -97,9 +97,7 @@ def fuzz(format: str, count: int, *, with_peer: bool, seconds: float, show: bool
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as where:
         folder = Path(where)
-        known = []
-        for it in group:
-            known.append(set(judge.look(it, it.write(folder)).get("found", [])))  # type: ignore[call-overload]
+        known = [set(judge.look(it, it.write(folder))["found"]) for it in group]  # type: ignore[call-overload]
         for number in range(count):
             if seconds and time.monotonic() - begun > seconds:
                 break
