@@ -37,7 +37,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, out: Output) -> int:
     """See diskmorph.commands."""
     from diskmorph.convert.describe import describe
-    from diskmorph.convert.inspect import inspect
 
     package = describe(args.image, format=args.format, parents=parents_of(args))
     if package is not None:
@@ -47,6 +46,8 @@ def run(args: argparse.Namespace, out: Output) -> int:
             out.note(f"{args.image}: {warning}")
         out.result(package, package_lines(package, verbose=out.verbose > 0))
         return 0
+    from diskmorph.convert.inspect import inspect
+
     report = inspect(args.image, format=args.format, parents=parents_of(args), chain=args.chain).as_dict()
     for warning in report["warnings"]:
         out.note(f"{args.image}: {warning}")

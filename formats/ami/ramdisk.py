@@ -13,7 +13,7 @@ from diskmorph.formats.errors import FormatError, UnsupportedError
 if TYPE_CHECKING:
     from diskmorph.formats.source import ByteSource
 
-MOST_DECODED = 1 << 31
+MOST_DECODED = 1 << 30
 """Decoded bytes of a whole ramdisk that are looked through."""
 _MOST_SEGMENTS = 256
 _MOST_ENTRIES = 1_000_000

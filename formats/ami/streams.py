@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from diskmorph.formats.source import ByteSource
 
 _STEP = 1 << 17
-_WINDOW = 1 << 28  # bytes of memory that a stream may ask of its decoder
+_WINDOW = 1 << 27  # bytes of the largest window that a stream may use: that of zstd in Linux
+_MEMORY = _WINDOW + (16 << 20)  # what xz may take for one
 _LZ4_MAGIC = 0x184C2102
 _LZ4_BLOCK = 8 << 20
 _LZ4_BOUND = _LZ4_BLOCK + _LZ4_BLOCK // 255 + 16
@@ -91,7 +92,7 @@ def _standard(codec: str) -> tuple[Any, tuple[type[Exception], ...]]:
     import lzma  # noqa: PLC0415
 
     form = lzma.FORMAT_ALONE if codec == "lzma" else lzma.FORMAT_XZ
-    return lzma.LZMADecompressor(form, _WINDOW), (lzma.LZMAError, EOFError)
+    return lzma.LZMADecompressor(form, _MEMORY), (lzma.LZMAError, EOFError)
 
 
 class _Zstd(Stream):

@@ -71,13 +71,16 @@ class Container(ABC):
         plain = unquote(href)
         return plain if plain != href and not self.has(href) and self.has(plain) else href
 
-    def open_reference(self, file: FileRef) -> ByteSource:
-        """Open what a `File` refers to: put together from its chunks, decompressed. Raises FormatError, PolicyError."""
+    def open_reference(self, file: FileRef, most: int | None = None) -> ByteSource:
+        """Open what a `File` refers to: put together from its chunks, decompressed to at most `most` bytes.
+
+        Raises FormatError, PolicyError, SourceError.
+        """
         name = self.locate(file.href)
         source = self._chunks(file, name) if file.chunk_size else self.open(name)
         try:
             self._require_size(file, source)
-            return self._decompressed(file, source)
+            return self._decompressed(file, source, most)
         except BaseException:
             source.close()
             raise
@@ -95,7 +98,7 @@ class Container(ABC):
             found=source.size,
         )
 
-    def _decompressed(self, file: FileRef, source: ByteSource) -> ByteSource:
+    def _decompressed(self, file: FileRef, source: ByteSource, most: int | None) -> ByteSource:
         word = (file.compression or "identity").lower()
         if word in {"identity", "none"}:
             return source
@@ -108,7 +111,7 @@ class Container(ABC):
                 field="compression",
                 hint="decompress it and describe it without compression",
             )
-        return GzipSource(source, self._limits)
+        return GzipSource(source, self._limits, most)
 
     def chunk_names(self, file: FileRef, name: str) -> list[str]:
         """Return the names of a file's chunks: NAME.000000000 and so on (DSP0243 7.1)."""

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from diskmorph.formats.policy import Opener
     from diskmorph.formats.source import ByteSource
 
+_OVERHEAD = 64 << 20
+"""Bytes that a disk's file may have beyond its capacity and an eighth of it: tables, data that does not compress."""
 # What a Disk's format URI claims, where its file's name has no suffix that does.
 _CLAIMS = (("vmdk", "vmdk"), ("vhdx", "vhdx"), ("vhd", "vhd"), ("vdi", "vdi"), ("qcow", "qcow2"))
 
@@ -184,7 +186,8 @@ class OvfPackage(Package):
                 field="fileRef",
                 found=ref.file,
             )
-        return self.container.open_reference(file)
+        most = None if ref.capacity is None else ref.capacity + ref.capacity // 8 + _OVERHEAD
+        return self.container.open_reference(file, most)
 
     def _claimed(self, ref: DiskRef, source: ByteSource) -> str | None:
         """Return None where the content tells its format; raise where it should be one and is none."""

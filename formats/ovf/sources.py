@@ -109,15 +109,15 @@ class GzipSource(ByteSource):
     """The decoded bytes of a gzip file, readable at any offset.
 
     Opening decodes it once, checks it and saves the decoder's state here and there; reads go on from the nearest one.
-    Raises FormatError where the stream is damaged, cut off or expands beyond `limits.expansion`.
+    Raises FormatError where the stream is damaged, cut off, or expands beyond `limits.expansion` or `most` bytes.
     """
 
-    def __init__(self, source: ByteSource, limits: Limits) -> None:
+    def __init__(self, source: ByteSource, limits: Limits, most: int | None = None) -> None:
         self.name = source.name
         self._source = source
         self._lock = threading.Lock()
         self._blocks: OrderedDict[int, bytes] = OrderedDict()
-        self._most = source.size * limits.expansion
+        self._most = min(source.size * limits.expansion, source.size * limits.expansion if most is None else most)
         spacing = max(16 * _BLOCK, source.size * 4 // _MARKS // _BLOCK * _BLOCK)
         self._marks: list[_Decoder] = []
         self.size = self._scan(spacing)

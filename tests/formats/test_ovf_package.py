@@ -381,3 +381,10 @@ def test_a_check_goes_through_manifest_and_disks(tmp_path, stored):
     assert "d.vdi is not what the manifest says" in check(false).findings[0]["message"]
     with pytest.raises(UnsupportedError):
         check(good, repair="all")
+
+
+def test_a_gzip_bomb_stops_at_what_the_disk_may_have(tmp_path):
+    packed = gzip.compress(bytes(200 * MIB), 9)
+    text = envelope(files("d.img.gz", 'ovf:compression="gzip"'), disks(MIB).replace("urn:vdi", ""))
+    with pytest.raises(FormatError, match="expands"):
+        open_disk(ova(tmp_path / "x.ova", ("x.ovf", text), ("d.img.gz", packed)))
