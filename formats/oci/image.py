@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import platform as machine
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from diskmorph.formats.errors import FormatError, IntegrityError, OptionError, UnsupportedError
 from diskmorph.formats.limits import Limits
@@ -60,7 +60,6 @@ class Image:
     names: tuple[str, ...] = ()
     digest: str | None = None
     platform: str = ""
-    _open: list[ByteSource] = field(default_factory=list)
 
     def layer_source(self, layer: Layer) -> ByteSource:
         """Return a layer's archive, decoded, its digests verified. Raises FormatError, IntegrityError."""
@@ -114,6 +113,12 @@ class Image:
     def close(self) -> None:
         """Close the files."""
         self.files.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 class _Closer(BytesSource):
