@@ -378,8 +378,8 @@ def test_peers_read_what_is_written(tmp_path: Path, kind: str, compress: str) ->
     config = json.loads(run("skopeo", "inspect", "--config", source).stdout)
     assert config["config"]["Entrypoint"] == CONFIG["Entrypoint"]
     if compress == "zstd":  # which umoci does not know
-        run("skopeo", "copy", "-q", source, f"docker-archive:{tmp_path}/plain.tar:app:1")
-        source = f"docker-archive:{tmp_path}/plain.tar"
+        run("skopeo", "copy", "-q", "--dest-decompress", source, f"dir:{tmp_path}/plain")
+        source = f"dir:{tmp_path}/plain"
     run("skopeo", "copy", "-q", source, f"oci:{tmp_path}/copy:latest")
     run("umoci", "unpack", "--image", f"{tmp_path}/copy:latest", tmp_path / "bundle")
     same(expected, without_acls(snapshot(tmp_path / "bundle/rootfs")), "mtime")
