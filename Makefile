@@ -35,7 +35,7 @@ demo: $(BIN)/.ready  ## make a disk and convert it into every format and back
 test: packages setup lint types unit  ## what every change must pass: lint, types, tests
 
 test-all: packages setup lint types  ## the same with the slow tests
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --dist loadfile
 
 lint: setup  ## ruff: rules and layout
 	$(BIN)/ruff check .
@@ -45,7 +45,7 @@ types: setup  ## mypy --strict
 	$(BIN)/mypy $(TYPED)
 
 unit: setup  ## the tests without the slow ones
-	$(BIN)/python -m pytest -q -m 'not slow'
+	$(BIN)/python -m pytest -q -n auto --dist loadfile -m 'not slow'
 
 format: setup  ## mend layout and what ruff can mend
 	$(BIN)/ruff check --fix --exit-zero .
