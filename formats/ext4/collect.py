@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from diskmorph.formats.source import ByteSource
     from diskmorph.formats.tree import Tree
 
+_FAR = 1 << 40  # seconds: far beyond what ext4 can say
 _CAPACITY = BLOCK - 12  # of a directory block: a tail with its checksum comes last
 _CHUNK = 1 << 16  # directory entries put into blocks at once
 LOST_FOUND = b"lost+found"
@@ -114,13 +115,20 @@ class Collector:
         """Return mode, uid, gid, size and mtime (seconds, nanoseconds) of the objects alive, a row each."""
         nodes = [self.nodes[number] for number in self.alive]
         try:
-            table = np.array([(n.mode, n.uid, n.gid, n.size, n.mtime) for n in nodes], np.int64).reshape(-1, 5)
+            times = np.array([n.mtime for n in nodes], np.int64)
+        except OverflowError:  # beyond the year 2262 nanoseconds need more than 64 bits
+            pairs = [divmod(n.mtime, 10**9) for n in nodes]
+            seconds = np.array([min(max(second, -_FAR), _FAR) for second, _ in pairs], np.int64)
+            nanoseconds = np.array([part for _, part in pairs], np.int64)
+        else:
+            seconds, nanoseconds = times // 10**9, times % 10**9
+        try:
+            table = np.array([(n.mode, n.uid, n.gid, n.size) for n in nodes], np.int64).reshape(-1, 4)
         except OverflowError:
-            raise TargetError("an owner, a size or a time is too large for ext4", file=tree.name) from None
+            raise TargetError("an owner or a size is too large for ext4", file=tree.name) from None
         if len(table) and not (table[:, 1:3] >= 0).all() & (table[:, 1:3] <= 0xFFFFFFFF).all():
             raise TargetError("an owner's number has more than 32 bits", file=tree.name)
-        times = table[:, 4]
-        return np.column_stack((table[:, :4], times // 10**9, times % 10**9))
+        return np.column_stack((table, seconds, nanoseconds))
 
 
 def content(nodes: list[Node], first: int, sources: list[ByteSource], index: dict[int, int]) -> NDArray[np.void]:

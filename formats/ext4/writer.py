@@ -149,7 +149,7 @@ class Ext4Writer:
             if outer:
                 contents.block_xattrs[owner] = xattrs.build_block(outer, BLOCK)
                 blocks.append(owner)
-            names = [*refused, *(a.name for a in left)]
+            names = [*refused, *(a.full_name for a in left)]
             self.lost.extend(f"extended attribute {name.decode(errors='backslashreplace')}" for name in names)
         return blocks
 

@@ -33,6 +33,11 @@ class Attribute(NamedTuple):
     value: bytes
 
     @property
+    def full_name(self) -> bytes:
+        """The name as a tree has it."""
+        return s.XATTR_PREFIXES[self.prefix] + self.name
+
+    @property
     def room(self) -> int:
         """Bytes that it takes, name and value padded."""
         return _ENTRY + (len(self.name) + 3 & ~3) + (len(self.value) + 3 & ~3)
