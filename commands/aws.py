@@ -115,7 +115,9 @@ def _add_others(verb: Callable[..., argparse.ArgumentParser]) -> None:
     group.add_argument("-c", dest="compressed", action="store_true", help="compress by the format's default codec")
     group.add_argument("--compress", metavar="CODEC[:LEVEL]", help="compress by deflate or zstd")
     group.add_argument("--since", metavar="SNAP", help="only blocks that changed since that snapshot (with -B)")
-    group.add_argument("-B", dest="base", metavar="BASE", help="an image of that snapshot; DST becomes an overlay on it")
+    group.add_argument(
+        "-B", dest="base", metavar="BASE", help="an image of that snapshot; DST becomes an overlay on it"
+    )
     group.add_argument("-F", dest="base_format", metavar="FMT", help="the format of BASE (default: by its content)")
     group.add_argument("--force", action="store_true", help="replace an existing target")
     group.add_argument("--no-sync", action="store_true", help="leave writing back to the kernel")
@@ -129,7 +131,9 @@ def _add_others(verb: Callable[..., argparse.ArgumentParser]) -> None:
     words.add_common(plan)
     gc = verb("gc", "remove what jobs that died left behind", _GC)
     group = gc.add_argument_group("what")
-    group.add_argument("--older-than", default="1d", metavar="D", help="such as 12h or 3d, a number is days (default: 1d)")
+    group.add_argument(
+        "--older-than", default="1d", metavar="D", help="such as 12h or 3d, a number is days (default: 1d)"
+    )
     group.add_argument("--dry-run", action="store_true", help="remove nothing; tell what would be")
     group.add_argument("--bucket", metavar="B", help="also objects and uploads under diskmorph/ in this bucket")
     words.add_yes(group)

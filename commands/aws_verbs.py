@@ -110,7 +110,9 @@ def run_download(args: argparse.Namespace, out: Output) -> int:
         made = download(session, args.snapshot_id, args.target, options, since=args.since, on_progress=tell)
     for note in made.notes:
         out.note(note)
-    line = f"{made.target}: {made.format}, from {made.snapshot_id}; {made.fetched} of {made.listed} listed blocks fetched"
+    line = (
+        f"{made.target}: {made.format}, from {made.snapshot_id}; {made.fetched} of {made.listed} listed blocks fetched"
+    )
     out.report(made.as_dict(), [line])
     _tell_retries(session, out)
     return 0

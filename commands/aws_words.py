@@ -24,8 +24,12 @@ def add_common(parser: argparse.ArgumentParser, *, progress: bool = True) -> Non
     """Add output words to one of the verbs under `aws`; unsaid ones leave what was said before the verb."""
     group = parser.add_argument_group("output")
     group.add_argument("--json", action="store_true", default=_NOTHING, help="print one JSON object (docs/aws.md)")
-    group.add_argument("-q", "--quiet", action="store_true", default=_NOTHING, help="say nothing but results and errors")
-    group.add_argument("-v", "--verbose", action="count", default=_NOTHING, help="say more; -vv adds tracebacks to errors")
+    group.add_argument(
+        "-q", "--quiet", action="store_true", default=_NOTHING, help="say nothing but results and errors"
+    )
+    group.add_argument(
+        "-v", "--verbose", action="count", default=_NOTHING, help="say more; -vv adds tracebacks to errors"
+    )
     if progress:
         group.add_argument(
             "--progress",
@@ -33,14 +37,20 @@ def add_common(parser: argparse.ArgumentParser, *, progress: bool = True) -> Non
             default=_NOTHING,
             help="auto: a bar on a terminal, else nothing; json: an object a line on standard error",
         )
-        group.add_argument("-p", dest="progress", action="store_const", const="bar", default=_NOTHING, help="same as --progress bar")
+        group.add_argument(
+            "-p", dest="progress", action="store_const", const="bar", default=_NOTHING, help="same as --progress bar"
+        )
 
 
 def add_job(parser: argparse.ArgumentParser) -> None:
     """Add what every job that makes something takes."""
     group = parser.add_argument_group("job")
-    group.add_argument("--tag", action="append", default=[], metavar="K=V", help="a tag for all that is made; repeatable")
-    group.add_argument("--keep-on-failure", action="store_true", help="leave what was made when the job fails, and name it")
+    group.add_argument(
+        "--tag", action="append", default=[], metavar="K=V", help="a tag for all that is made; repeatable"
+    )
+    group.add_argument(
+        "--keep-on-failure", action="store_true", help="leave what was made when the job fails, and name it"
+    )
     add_yes(group)
 
 
@@ -60,7 +70,9 @@ def add_source(parser: argparse.ArgumentParser, *, optional: bool = False) -> No
     add_parents(group)
     group = parser.add_argument_group("container (the disk is built on the way)")
     group.add_argument("--size", metavar="SIZE", help="SIZE, min, or +SLACK left free")
-    group.add_argument("--boot", default="bios,uefi", metavar="HOW", help="bios,uefi (the default), bios, uefi, uki or none")
+    group.add_argument(
+        "--boot", default="bios,uefi", metavar="HOW", help="bios,uefi (the default), bios, uefi, uki or none"
+    )
     group.add_argument("--kernel", metavar="FILE", help="a vmlinuz, or a kernel package (.deb)")
     group.add_argument("--modules", metavar="DIR", help="its modules")
     group.add_argument("--initrd", metavar="FILE", help="an initial ramdisk, instead of one made here")
@@ -68,7 +80,9 @@ def add_source(parser: argparse.ArgumentParser, *, optional: bool = False) -> No
     group.add_argument("--part", action="append", default=[], metavar="DEB", help="a package that brings boot parts")
     group.add_argument("--hostname", metavar="NAME")
     group.add_argument("--ssh-key", action="append", default=[], metavar="KEY", help="a public key that root lets in")
-    group.add_argument("--entrypoint", choices=("auto", "always", "never"), default="auto", help="run the image's ENTRYPOINT")
+    group.add_argument(
+        "--entrypoint", choices=("auto", "always", "never"), default="auto", help="run the image's ENTRYPOINT"
+    )
     group.add_argument("--platform", metavar="OS/ARCH", help="which image of a multi-platform index")
 
 
@@ -103,10 +117,20 @@ def add_image(parser: argparse.ArgumentParser, *, required: bool = True) -> None
     group.add_argument("--boot-mode", metavar="MODE", help="legacy-bios, uefi or uefi-preferred")
     group.add_argument("--root-device", metavar="DEVICE", help="such as /dev/xvda")
     group.add_argument("--volume-type", default="gp3", metavar="TYPE", help="of the root volume (default: gp3)")
-    group.add_argument("--imds", choices=("v2.0", "optional"), default="v2.0", help="v2.0: metadata by session only (the default)")
+    group.add_argument(
+        "--imds", choices=("v2.0", "optional"), default="v2.0", help="v2.0: metadata by session only (the default)"
+    )
     group.add_argument("--tpm", action="store_true", help="a virtual TPM 2.0 (boots by UEFI only)")
-    group.add_argument("--copy-to", action="append", default=[], metavar="REGION", help="also in this region; repeatable")
-    group.add_argument("--share", action="append", default=[], metavar="WHO", help="an account, an organisation's ARN, or all; repeatable")
+    group.add_argument(
+        "--copy-to", action="append", default=[], metavar="REGION", help="also in this region; repeatable"
+    )
+    group.add_argument(
+        "--share",
+        action="append",
+        default=[],
+        metavar="WHO",
+        help="an account, an organisation's ARN, or all; repeatable",
+    )
     group.add_argument("--deprecate-at", metavar="TIME", help="such as 2031-05-01T00:00:00Z")
 
 

@@ -112,7 +112,13 @@ def _transport(error: Exception) -> Fault:
     """Return the fault of a call that got no answer, or one that cannot be read."""
     name = type(error).__name__
     text = " ".join(str(error).split())
-    if name in {"NoCredentialsError", "PartialCredentialsError", "NoRegionError", "ParamValidationError", "ProfileNotFound"}:
+    if name in {
+        "NoCredentialsError",
+        "PartialCredentialsError",
+        "NoRegionError",
+        "ParamValidationError",
+        "ProfileNotFound",
+    }:
         return Fault(REFUSED, name, "", text)
     if name in {"TokenRetrievalError", "SSOTokenLoadError", "UnauthorizedSSOTokenError", "CredentialRetrievalError"}:
         return Fault(REFUSED, name, "", text)

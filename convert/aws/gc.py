@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -142,7 +142,7 @@ def _everywhere(session: Session) -> Iterator[tuple[Thing, Any]]:
 def _made_at(row: Any) -> float:
     at = row.get("StartTime") or row.get("CreationDate")
     if isinstance(at, str):
-        at = datetime.datetime.fromisoformat(at)
+        at = dt.datetime.fromisoformat(at)
     return at.timestamp() if at is not None else 0.0
 
 
@@ -163,7 +163,7 @@ def _active_jobs(session: Session) -> set[str]:
 
 def _in_bucket(session: Session, bucket: str) -> Iterator[tuple[Thing, float]]:
     """Yield objects and multipart uploads of ours in a bucket, and when they were begun."""
-    token: dict[str, str] = {}
+    token: dict[str, Any] = {}
     while True:
         answer = session.call("s3:ListObjectsV2", Bucket=bucket, Prefix=PREFIX, **token)
         for row in answer.get("Contents", ()):

@@ -73,9 +73,7 @@ def require(found: Found, architecture: str | None, boot_mode: str | None, root_
         root_device=root_device or found.root_device,
     )
     missing = [
-        word
-        for word, value in (("--boot-mode", result.boot_mode), ("--arch", result.architecture))
-        if value is None
+        word for word, value in (("--boot-mode", result.boot_mode), ("--arch", result.architecture)) if value is None
     ]
     if missing:
         seen = f" ({', '.join(found.why)})" if found.why else ""
@@ -98,7 +96,9 @@ def _of_table(disk: Disk, table: PartitionTable) -> Found:
     bios = _bios_code(disk, table)
     efi = bool(programs) or (bool(esps) and not bios)
     if esps:
-        why.append(f"an EFI system partition with {', '.join(sorted(set(programs))) or 'no boot program that can be read'}")
+        why.append(
+            f"an EFI system partition with {', '.join(sorted(set(programs))) or 'no boot program that can be read'}"
+        )
     if bios:
         why.append(f"boot code in the {table.scheme.upper()}")
     mode = HYBRID if efi and bios else UEFI if efi else BIOS if bios else None
@@ -133,7 +133,7 @@ def _architecture(disk: Disk, table: PartitionTable, programs: list[str], bios: 
 
 
 def _programs(disk: Disk, part: Partition) -> Iterator[str]:
-    """Yield the architecture of each EFI program in \\EFI of a system partition; none where it cannot be read."""
+    """Yield the architecture of each EFI program in /EFI of a system partition; none where it cannot be read."""
     from diskmorph.formats.fat import read_fat  # noqa: PLC0415 - most commands need none
 
     try:
@@ -164,7 +164,7 @@ def _machine_of(node: Node) -> str | None:
     """Return the architecture of a PE program: its header's offset stands at 60 (PE/COFF, "MS-DOS Stub")."""
     source = node.source("EFI program")
     head = source.read_upto(0, 64)
-    if head[:2] != b"MZ" or len(head) < 64:  # noqa: PLR2004
+    if head[:2] != b"MZ" or len(head) < 64:
         return None
     mark = source.read_upto(int.from_bytes(head[60:64], "little"), 6)
     return _MACHINES.get(int.from_bytes(mark[4:6], "little")) if mark[:4] == b"PE\0\0" else None
@@ -218,7 +218,7 @@ def _kernel(disk: Disk, table: PartitionTable) -> str | None:
 
 
 def _kernel_head(node: Node) -> str | None:
-    """Return the architecture that a kernel's boot header tells (Documentation/arch/x86/boot.rst, arm64/booting.rst)."""
+    """Return the architecture that a kernel's boot header tells (Linux, arch/x86/boot.rst and arm64/booting.rst)."""
     from diskmorph.formats.ami import schema  # noqa: PLC0415
 
     if not node.size:

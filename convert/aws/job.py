@@ -23,7 +23,7 @@ def parse_tags(words: Sequence[str]) -> dict[str, str]:
     tags: dict[str, str] = {}
     for word in words:
         key, sign, value = word.partition("=")
-        if not sign or not 1 <= len(key) <= 127 or len(value) > 255:  # noqa: PLR2004 - AWS's own limits
+        if not sign or not 1 <= len(key) <= 127 or len(value) > 255:
             raise OptionError(f"--tag {word!r} is not KEY=VALUE")
         if key.lower().startswith(("aws:", "diskmorph:")):
             raise OptionError(f"--tag {key}: such names are reserved")

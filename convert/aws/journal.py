@@ -93,7 +93,7 @@ class Journal:
             row = json.loads(line)
             if "block" in row:
                 digest = base64.b64decode(row["sha256"], validate=True)
-                if len(digest) != 32:  # noqa: PLR2004 - SHA-256
+                if len(digest) != 32:
                     return False
                 self._indexes.append(row["block"])
                 self._digests += digest
@@ -203,9 +203,7 @@ def load_map(region: str, snapshot: str) -> NDArray[np.void] | None:
 
 def merged(below: NDArray[np.void], own: NDArray[np.void]) -> NDArray[np.void]:
     """Return the map of a snapshot from its parent's and its own blocks."""
-    return _sorted(
-        np.concatenate([below["index"], own["index"]]), np.concatenate([below["sha256"], own["sha256"]])
-    )
+    return _sorted(np.concatenate([below["index"], own["index"]]), np.concatenate([below["sha256"], own["sha256"]]))
 
 
 def journals() -> Iterator[dict[str, Any]]:

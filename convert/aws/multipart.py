@@ -84,14 +84,14 @@ class ObjectWriter(io.RawIOBase):
             self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _finish(self) -> None:
-        region, id = self._job.session.region, f"{self._bucket}/{self._key}"
+        region, name = self._job.session.region, f"{self._bucket}/{self._key}"
         if self._upload is None:
-            self._job.undo.made(OBJECT, id, region)
+            self._job.undo.made(OBJECT, name, region)
             self._call("s3:PutObject", Body=bytes(self._held), Metadata=self._metadata())
             return
         if self._held:
             self._put(bytes(self._held))
         parts = [part.result() for part in self._parts]
-        self._job.undo.made(OBJECT, id, region)
+        self._job.undo.made(OBJECT, name, region)
         self._call("s3:CompleteMultipartUpload", UploadId=self._upload, MultipartUpload={"Parts": parts})
-        self._job.undo.gone(UPLOAD, id)
+        self._job.undo.gone(UPLOAD, name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from diskmorph.convert.aws import journal as journals
 from diskmorph.convert.aws.blocks import BLOCK, GIB, blocks_of, capacity_of, fill, is_zero, tasks
 from diskmorph.convert.aws.faults import AwsError
 from diskmorph.convert.aws.infer import UnknownMachineError, infer
@@ -16,7 +17,6 @@ from diskmorph.convert.aws.upload import OMIT, SEND, UploadOptions, require_opti
 from diskmorph.convert.buffers import new_buffer
 from diskmorph.convert.moves import Reader
 from diskmorph.convert.options import Progress
-from diskmorph.convert.aws import journal as journals
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -95,7 +95,8 @@ class Plan:
         """Yield the same for people."""
         sealed = {True: "encrypted", False: "not encrypted", None: "encryption unknown"}[self.encrypted]
         yield f"{self.source}: a volume of {self.volume_size} GiB, {sealed}"
-        yield f"  {self.send} of {self.total} blocks to send ({self.bytes / (1 << 20):.0f} MiB), about {self.seconds:.0f} s"
+        mib = self.bytes / (1 << 20)
+        yield f"  {self.send} of {self.total} blocks to send ({mib:.0f} MiB), about {self.seconds:.0f} s"
         yield f"  cost: ${self.requests_usd:.4f} of requests, ${self.storage_usd_month:.2f} a month of storage"
         yield f"  boots by {self.boot_mode or 'unknown (--boot-mode)'} on {self.architecture or 'unknown (--arch)'}"
         words = {True: "allowed", False: "DENIED", None: "not known"}
@@ -130,7 +131,9 @@ def plan(
         zeroes = options.zero == SEND or (options.zero != OMIT and encrypted is not False)
         send = _count(session, found.disk, options, zeroes, on_progress)
     limits = tuple(quotas(session))
-    rate = min([row.value for row in limits if row.name.startswith(f"{PUT} ")] + [_PUTS_A_SECOND, options.max_rps or 1e9])
+    rate = min(
+        [row.value for row in limits if row.name.startswith(f"{PUT} ")] + [_PUTS_A_SECOND, options.max_rps or 1e9]
+    )
     return Plan(
         source=found.name,
         volume_size=gib,

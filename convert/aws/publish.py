@@ -164,6 +164,6 @@ def _copy(job: Job, image: str, region: str, options: ImageOptions, stop: thread
         words["Description"] = options.description
     begun = time.monotonic()
     answer = job.session.call("ec2:CopyImage", region=region, born=begun, stop=stop, **words)
-    id = str(answer["ImageId"])
-    job.undo.made(IMAGE, id, region)
-    return wait_image(job.session, id, region, born=begun, stop=stop)
+    copy = str(answer["ImageId"])
+    job.undo.made(IMAGE, copy, region)
+    return wait_image(job.session, copy, region, born=begun, stop=stop)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import re
 import time
 from dataclasses import dataclass, field
@@ -85,7 +85,8 @@ def require_image_options(options: ImageOptions, *, named: bool = True) -> None:
     """Raise OptionError for what RegisterImage and its fellows would refuse later."""
     if (named or options.name) and not _NAME.fullmatch(options.name):
         raise OptionError(
-            f"--name {options.name!r} is not an image's name", hint="3 to 128 of: letters, digits, space, ( ) [ ] . / - ' @ _"
+            f"--name {options.name!r} is not an image's name",
+            hint="3 to 128 of: letters, digits, space, ( ) [ ] . / - ' @ _",
         )
     _one_of("--arch", options.architecture, ARCHITECTURES)
     _one_of("--boot-mode", options.boot_mode, BOOT_MODES)
@@ -93,7 +94,7 @@ def require_image_options(options: ImageOptions, *, named: bool = True) -> None:
     _one_of("--imds", options.imds, ("v2.0", "optional"))
     if options.root_device is not None and not _DEVICE.fullmatch(options.root_device):
         raise OptionError(f"--root-device {options.root_device} is not a device", hint="such as /dev/xvda or /dev/sda1")
-    if options.description is not None and len(options.description) > 255:  # noqa: PLR2004 - RegisterImage's limit
+    if options.description is not None and len(options.description) > 255:
         raise OptionError("--description is longer than 255 characters")
     for region in options.copy_to:
         if not _REGION.fullmatch(region):
@@ -131,13 +132,13 @@ def deprecation(text: str | None) -> str | None:
     if text is None:
         return None
     try:
-        at = datetime.datetime.fromisoformat(text)
+        at = dt.datetime.fromisoformat(text)
     except ValueError:
         raise OptionError(f"--deprecate-at {text} is not a time", hint="such as 2031-05-01T00:00:00Z") from None
-    at = at if at.tzinfo is not None else at.replace(tzinfo=datetime.UTC)
+    at = at if at.tzinfo is not None else at.replace(tzinfo=dt.UTC)
     if at.timestamp() <= time.time():
         raise OptionError(f"--deprecate-at {text} has passed")
-    return at.astimezone(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return at.astimezone(dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def settled(found: Found, options: ImageOptions) -> Found:
@@ -194,8 +195,8 @@ def register(job: Job, snapshot: str, found: Found, options: ImageOptions) -> Re
 
         rows.update(copies(job, image, options))
     images = {region: str(each["ImageId"]) for region, each in rows.items()}
-    for region, id in images.items():
-        _permit(session, region, id, options)
+    for region, each_image in images.items():
+        _permit(session, region, each_image, options)
     snapshots = {region: tuple(snapshots_of(each)) for region, each in rows.items()}
     assert found.architecture is not None  # noqa: S101 - settled
     assert found.boot_mode is not None  # noqa: S101
@@ -218,7 +219,9 @@ def _register(job: Job, snapshot: str, found: Found, options: ImageOptions) -> s
         return mine if mine is not None and tags_of(mine).get(JOB) == job.id else None
 
     job.undo.doubtful(session.region)
-    answer = session.call("ec2:RegisterImage", born=time.monotonic(), settle=settle, **_words(job, snapshot, found, options))
+    answer = session.call(
+        "ec2:RegisterImage", born=time.monotonic(), settle=settle, **_words(job, snapshot, found, options)
+    )
     return str(answer["ImageId"])
 
 
@@ -247,7 +250,7 @@ def _words(job: Job, snapshot: str, found: Found, options: ImageOptions) -> dict
 def snapshots_of(image: Any) -> list[str]:
     """Return the snapshots of an image."""
     found = [mapping.get("Ebs", {}).get("SnapshotId") for mapping in image.get("BlockDeviceMappings", ())]
-    return [str(id) for id in found if id]
+    return [str(snapshot) for snapshot in found if snapshot]
 
 
 def _permit(session: Session, region: str, image: str, options: ImageOptions) -> None:

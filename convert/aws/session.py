@@ -168,7 +168,7 @@ class Session:
         """Yield the entries of all pages of a listing."""
         token: str | None = None
         while True:
-            more = {"NextToken": token} if token else {}
+            more: dict[str, Any] = {"NextToken": token} if token else {}
             answer = self.call(action, region=region, **words, **more)
             yield from answer.get(key) or ()
             token = answer.get("NextToken")
@@ -205,7 +205,15 @@ def _is_answer(error: Exception) -> bool:
 
     from diskmorph.convert.aws.faults import WrongChecksumError  # noqa: PLC0415
 
-    kinds = (BotoCoreError, ClientError, ResponseParserError, HTTPError, WrongChecksumError, ConnectionError, TimeoutError)
+    kinds = (
+        BotoCoreError,
+        ClientError,
+        ResponseParserError,
+        HTTPError,
+        WrongChecksumError,
+        ConnectionError,
+        TimeoutError,
+    )
     return isinstance(error, kinds)
 
 

@@ -67,7 +67,7 @@ def snapshot_of(session: Session, id: str) -> str:
     if not id.startswith("ami-"):
         raise OptionError(f"{id} is neither a snapshot nor an image", hint="such as snap-0123... or ami-0123...")
     answer = session.call("ec2:DescribeImages", patience=SHORT, ImageIds=[id])
-    image = (answer.get("Images") or ({},))[0]
+    image: dict[str, Any] = (answer.get("Images") or ({},))[0]
     for mapping in image.get("BlockDeviceMappings", ()):
         found = mapping.get("Ebs", {}).get("SnapshotId")
         if found and mapping.get("DeviceName") == image.get("RootDeviceName"):
@@ -173,7 +173,7 @@ class Blocks(ByteSource):
                     BlockToken=token,
                 )
             except AwsError as error:
-                if error.code != "ValidationException" or "token" not in error.problem.lower() or attempt == 2:  # noqa: PLR2004
+                if error.code != "ValidationException" or "token" not in error.problem.lower() or attempt == 2:
                     raise
                 with self._lock:
                     self._tokens.clear()  # tokens live seven days
@@ -254,7 +254,8 @@ class SnapshotDisk(Disk):
 
     def _listed(self, changes: bool) -> tuple[NDArray[np.void], int]:
         """Return the extents of the whole snapshot: runs of blocks, gaps between them."""
-        indexes, gone = [], []
+        indexes: list[int] = []
+        gone: list[int] = []
         for row in self.source.pages():
             (indexes if _token_in(row) else gone).append(int(row["BlockIndex"]))
         data, zero = np.array(indexes, np.uint32), np.array(gone, np.uint32)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from diskmorph.convert.bridge.options import BuildOptions
 from diskmorph.convert.opening import open_source
 from diskmorph.formats.limits import Limits
-from diskmorph.formats.policy import Opener, Parents
+from diskmorph.formats.policy import Parents
 from diskmorph.formats.source import ByteSource, BytesSource, FileSource, WindowSource
 
 if TYPE_CHECKING:
@@ -124,8 +124,8 @@ def _machine(name: str | None, found: Opened, options: SourceOptions) -> Machine
 def identity_of(disk: Disk) -> str:
     """Return a digest that changes when the disk may have: of its files' inode, size and mtime.
 
-    Bytes that lie in memory are hashed themselves, and where they stand on the disk. A source that cannot be told from another one gets an identity of
-    its own, so that nothing is ever resumed on it.
+    Bytes that lie in memory are hashed themselves, and where they stand on the disk. A source that cannot be told from
+    another one gets an identity of its own, so that nothing is ever resumed on it.
     """
     state = hashlib.sha256(json.dumps([disk.size, disk.sector_size]).encode())
     for source in disk.files:

@@ -59,7 +59,7 @@ def _snapshot(session: Session, thing: Thing) -> None:
         try:
             session.call("ec2:DeleteSnapshot", region=thing.region, patience=SHORT, SnapshotId=thing.id)
         except AwsError as error:
-            if error.code != "InvalidSnapshot.InUse" or attempt == 3:  # noqa: PLR2004 - the image was just deregistered
+            if error.code != "InvalidSnapshot.InUse" or attempt == 3:
                 raise
             time.sleep(0.5 * 2**attempt)
         else:

@@ -81,7 +81,9 @@ def volume_gib(size: int, wanted: int | None) -> int:
             f"--volume-size {asked} GiB is smaller than the disk", hint=f"at least {least} GiB are needed"
         )
     if asked > MOST_GIB:
-        raise TargetError(f"an EBS volume has at most {MOST_GIB} GiB", expected=f"<= {MOST_GIB} GiB", found=f"{asked} GiB")
+        raise TargetError(
+            f"an EBS volume has at most {MOST_GIB} GiB", expected=f"<= {MOST_GIB} GiB", found=f"{asked} GiB"
+        )
     return asked
 
 
@@ -93,7 +95,7 @@ def require_options(options: UploadOptions) -> None:
         raise OptionError("--parent excludes --encrypt and --kms-key", hint="the parent's encryption is taken over")
     if options.zero not in {AUTO, SEND, OMIT}:
         raise OptionError(f"--zero {options.zero} is not known", hint="auto, send or omit")
-    if options.workers is not None and not 1 <= options.workers <= 64:  # noqa: PLR2004 - sockets in the pool
+    if options.workers is not None and not 1 <= options.workers <= 64:
         raise OptionError("--workers takes 1 to 64")
     if options.max_rps is not None and options.max_rps <= 0:
         raise OptionError("--max-rps takes a positive number")
@@ -180,7 +182,11 @@ def _started(job: Job, source: Source, options: UploadOptions, gib: int) -> _Sta
         answer = job.session.call("ebs:StartSnapshot", ClientToken=job.id, **{**words, "Tags": job.tags})
     encrypted = _encrypted(answer)
     job.journal.note(
-        snapshot=answer["SnapshotId"], identity=identity, encrypted=encrypted, born=time.time(), region=job.session.region
+        snapshot=answer["SnapshotId"],
+        identity=identity,
+        encrypted=encrypted,
+        born=time.time(),
+        region=job.session.region,
     )
     return _Started(answer["SnapshotId"], encrypted, time.monotonic())
 
@@ -196,27 +202,27 @@ def _resumed(job: Job, source: Source) -> _Started | None:
     facts = job.journal.facts
     if "snapshot" not in facts:
         return None
-    session, id = job.session, str(facts["snapshot"])
+    session, old = job.session, str(facts["snapshot"])
     age = max(0.0, time.time() - float(facts.get("born", 0)))
-    state = _state_of(session, id, age)
+    state = _state_of(session, old, age)
     if facts.get("identity") != identity_of(source.disk):
         if state is not None:
-            job.note(f"{source.name} has changed since: snapshot {id} of the earlier run is removed")
-            session.known("ec2:DeleteSnapshot", SnapshotId=id)
+            job.note(f"{source.name} has changed since: snapshot {old} of the earlier run is removed")
+            session.known("ec2:DeleteSnapshot", SnapshotId=old)
         job.journal.restart()
         return None
     if state in {"pending", "completed"} and (state == "pending" or facts.get("complete")):
-        return _Started(id, facts.get("encrypted"), time.monotonic() - age, complete=state == "completed")
+        return _Started(old, facts.get("encrypted"), time.monotonic() - age, complete=state == "completed")
     if state is not None:
-        session.known("ec2:DeleteSnapshot", SnapshotId=id)
-    job.note(f"snapshot {id} of the earlier run is {state or 'gone'}: starting afresh")
+        session.known("ec2:DeleteSnapshot", SnapshotId=old)
+    job.note(f"snapshot {old} of the earlier run is {state or 'gone'}: starting afresh")
     job.journal.restart()
     return None
 
 
 def _state_of(session: Session, id: str, age: float) -> str | None:
     """Return the state of a snapshot, None if it is gone; a young one is given some time to show."""
-    end = time.monotonic() + (10.0 if age < 120 else 0.0)  # noqa: PLR2004 - see session.YOUNG
+    end = time.monotonic() + (10.0 if age < 120 else 0.0)
     while True:
         try:
             answer = session.call("ec2:DescribeSnapshots", SnapshotIds=[id], patience=SHORT)
@@ -243,7 +249,7 @@ def _zero_rule(session: Session, options: UploadOptions, started: _Started) -> b
 
 def _complete(session: Session, started: _Started, count: int, checksum: str) -> None:
     def settle(fault: Fault) -> bool | None:
-        """An answer was lost, and now the snapshot is no longer pending: look at its state instead."""
+        """Look at the state where an answer was lost and the snapshot is no longer pending."""
         nonlocal doubtful
         doubtful = doubtful or fault.ambiguous
         if doubtful and fault.code == "ValidationException" and fault.reason == "INVALID_SNAPSHOT_ID":

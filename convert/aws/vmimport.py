@@ -163,7 +163,9 @@ def import_disk(
             how.note(note)
         whole = found.format == "ova" and source.disk is None
         if whole and found.machine is not None and len(found.machine.disks) > _MOST_VOLUMES:
-            raise UnsupportedError(f"VM Import takes at most {_MOST_VOLUMES} volumes", feature="volumes", file=found.name)
+            raise UnsupportedError(
+                f"VM Import takes at most {_MOST_VOLUMES} volumes", feature="volumes", file=found.name
+            )
         key = {"verb": "import", "source": found.name, "bucket": options.bucket, "once": time.time()}
         with how.job(session, key) as job:
             sent = _send(job, found, options, whole=whole)
@@ -310,4 +312,3 @@ def _follow(job: Job, task: str, *, image: bool) -> str:
             job.undo.gone(TASK, task)
             raise AwsError(f"VM Import gives up: {message or status} (task {task})", action=action, code=status)
     raise AssertionError
-
