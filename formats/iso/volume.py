@@ -71,7 +71,17 @@ def _text(raw: bytes) -> str:
 
 
 def _root(descriptor: Any, source: ByteSource, at: int) -> Root:
-    record = DirectoryRecord.parse(descriptor.root)
+    try:
+        record = DirectoryRecord.parse(descriptor.root)
+    except ConstructError as error:
+        raise FormatError(
+            "the root directory's record is damaged",
+            file=source.name,
+            format="iso",
+            structure="volume descriptor",
+            field="root",
+            offset=at + 156,
+        ) from error
     root = Root(record.extent * SECTOR, record.size)
     if record.size == 0 or root.offset + root.size > source.size:
         raise FormatError(

@@ -448,3 +448,13 @@ def test_random_damage_never_breaks_out(good):
                     node.read()
         except DiskmorphError:
             pass
+
+
+def test_a_root_record_longer_than_its_field_is_refused(tmp_path):
+    path = tmp_path / "t.iso"
+    write(sample_tree(devices=False), path)
+    blob = bytearray(path.read_bytes())
+    blob[32768 + 156 + 32] = 19  # length of the root's name, which is 1
+    with pytest.raises(FormatError, match="root directory's record") as caught:
+        open_tree(BytesSource(blob))
+    assert caught.value.offset == 32768 + 156

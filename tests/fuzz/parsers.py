@@ -327,7 +327,7 @@ def _mend_tar(blob: bytearray) -> None:
 
 def _mend_gpt(blob: bytearray) -> None:
     for at in (512, len(blob) - 512):
-        if blob[at : at + 8] == b"EFI PART":
+        if at >= 0 and at + 92 <= len(blob) and blob[at : at + 8] == b"EFI PART":
             size, lba = struct.unpack_from("<I", blob, at + 12)[0], struct.unpack_from("<Q", blob, at + 72)[0]
             count, width = struct.unpack_from("<II", blob, at + 80)
             if lba * 512 + count * width <= len(blob):
