@@ -40,6 +40,7 @@ EXAMPLES = (
     ("diskmorph convert -O vmdk -o help", "the options that a format takes"),
     ("diskmorph convert --for azure disk.qcow2 disk.vhd", "what a cloud's importer wants, in one word"),
     ("diskmorph convert --allow-parent . top.qcow2 flat.qcow2", "a chain of backing files, flattened"),
+    ("diskmorph convert --keep-chain --allow-parent . top.qcow2 new/top.vmdk", "a chain, each layer a file of its own"),
     ("diskmorph convert -B base.qcow2 now.raw over.qcow2", "only what differs from another image"),
     ("diskmorph convert --snapshot monday disk.qcow2 monday.raw", "an internal snapshot"),
     ("diskmorph convert seed/ seed.iso --label cidata", "a directory, as a seed for cloud-init"),
@@ -99,6 +100,7 @@ def _add_shape(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--size", metavar="SIZE", help="another virtual size; data is never cut off")
     group.add_argument("-S", dest="zero_unit", metavar="SIZE", default="4k", help="unit of zero detection; 0: off")
     group.add_argument("--flatten", action="store_true", help="make one image of a chain (the default)")
+    group.add_argument("--keep-chain", action="store_true", help="each layer of a chain becomes a file of its own")
     group.add_argument("--device", action="store_true", help="DST is a block device, written in place")
 
 
@@ -123,11 +125,13 @@ def run(args: argparse.Namespace, out: Output) -> int:
     """See diskmorph.commands."""
     if asks_for_help(args.options):
         return _print_options(args, out)
+    from diskmorph.formats.errors import OptionError
+
     source, target = _source_and_target(args)
+    if args.flatten and args.keep_chain:
+        raise OptionError("--flatten and --keep-chain exclude each other")
     options = options_of(args)
     if out.json and target == "-":
-        from diskmorph.formats.errors import OptionError
-
         raise OptionError("--json prints on standard output, where the image goes", hint="write the target to a file")
 
     import diskmorph
@@ -164,6 +168,7 @@ def options_of(args: argparse.Namespace) -> ConvertOptions:
         force=args.force,
         dry_run=args.dry_run,
         device=args.device,
+        keep_chain=args.keep_chain,
         label=args.label,
         threads=args.threads,
         parents=parents_of(args),

@@ -50,12 +50,18 @@ def perform(
     *,
     differences: bool = True,
     begun: float | None = None,
+    against: Disk | None = None,
 ) -> ConvertReport:
-    """Carry a plan out and report; `differences` False takes the disk as it is, though the plan has a base."""
+    """Carry a plan out and report; `differences` False takes the disk as it is, though the plan has a base.
+
+    `against`: the base's content as another disk shows it, which is cheaper to compare with.
+    """
     begun = time.monotonic() if begun is None else begun
     transfer = transfer_of(plan)
     if not differences:
         transfer = replace(transfer, base=None)
+    elif against is not None:
+        transfer = replace(transfer, base=against)
     moved, sizes, digest, verified = _perform(plan, transfer, on_progress)
     return ConvertReport(
         source=plan.source.name,

@@ -38,6 +38,7 @@ class ConvertOptions:
     - `zero_unit`: unit of zero detection (`-S`); 0 writes everything, holes included.
     - `profile`: a target's name (`--for azure`).
     - `digest`, `verify`, `reproducible`, `sync`, `force`, `dry_run`, `device`: as on the command line.
+    - `keep_chain`: each layer of a chain becomes a file of its own, instead of one disk of all.
     - `label`: the volume's label, of an ISO.
     - `rate`: bytes a second at most; `threads`: workers (None: one a core).
     - `parents`, `limits`: what the source may open and cost.
@@ -62,6 +63,7 @@ class ConvertOptions:
     force: bool = False
     dry_run: bool = False
     device: bool = False
+    keep_chain: bool = False
     label: str | None = None
     threads: int | None = None
     parents: Parents = field(default_factory=Parents)

@@ -12,8 +12,9 @@ from diskmorph.convert.targets import Profile, applied, changes, padded
 from diskmorph.formats.allocator import Allocator, Identity, NewImage, NewParent
 from diskmorph.formats.errors import FormatError, OptionError, TargetError, UnsupportedError
 from diskmorph.formats.extents import DEFLATE
+from diskmorph.formats.policy import Opener, Parents
 from diskmorph.formats.probe import Format, format_of_suffix
-from diskmorph.formats.registry import load, require_format
+from diskmorph.formats.registry import OpenContext, identify, load, open_layer, require_format
 from diskmorph.formats.views import Slice, grown
 
 if TYPE_CHECKING:
@@ -129,6 +130,8 @@ def _open_base(options: ConvertOptions) -> Opened | None:
     if options.base is None:
         return None
     parents = replace(options.parents, backing=None)
+    if options.keep_chain:  # what lies below is compared with elsewhere, and perhaps cannot be found by name
+        return _open_alone(options.base, parents, options)
     base = open_source(options.base, format=options.base_format, parents=parents, limits=options.limits)
     if base.info is not None and "compressed_by" in base.info.features:
         base.close()
@@ -136,6 +139,19 @@ def _open_base(options: ConvertOptions) -> Opened | None:
             "is compressed as one file and can be no parent", feature="compressed parents", file=base.name
         )
     return base
+
+
+def _open_alone(path: Path | str, parents: Parents, options: ConvertOptions) -> Opened:
+    """Open an image without its own parents."""
+    opener = Opener(parents, options.limits)
+    source = opener.user_source(path)
+    try:
+        entry = identify(source, options.base_format)[0]
+        layer = open_layer(source, entry, OpenContext(opener, options.limits))
+    except BaseException:
+        source.close()
+        raise
+    return Opened(source.name, layer, entry.name, layer.info, (layer,))
 
 
 def new_allocator(entry: Format, disk: Disk, target: str, options: ConvertOptions, base: Opened | None) -> Allocator:

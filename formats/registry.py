@@ -169,12 +169,39 @@ def _parent_source(
             return opener.allowed(name, child.files[0], "backing file" if child.format == "qcow2" else "parent"), False
         except (PolicyError, SourceError, UnsupportedError) as error:
             failure = failure or error
+    found = _searched(child, parent, context) if not parent.names else None
+    if found is not None:
+        return found, False
     raise failure or FormatError(
         "names no parent, though it is a difference to one",
         file=child.name,
         format=child.format,
-        hint="name the parent with --backing FILE",
+        hint="name the parent with --backing FILE, or allow its directory with --allow-parent DIR",
     )
+
+
+_SEARCHED = 4096
+
+
+def _searched(child: ImageDisk, parent: ParentRef, context: OpenContext) -> ByteSource | None:
+    """Return the file in the allowed directories that is the parent by its identifiers, where no name is recorded."""
+    entry = require_format(parent.format or child.format)
+    paths = (path for folder in context.opener.parents.allow for path in sorted(folder.glob("*")))
+    for _, path in zip(range(_SEARCHED), paths, strict=False):
+        if not path.name.lower().endswith(entry.suffixes) or not path.is_file():
+            continue
+        try:
+            source = context.opener.allowed(str(path.absolute()), child.files[0], "parent")
+        except DiskmorphError:
+            continue
+        try:
+            layer = open_layer(source, entry, OpenContext(context.opener, context.limits))
+            if all(layer.identity.get(key) in accepted for key, accepted in parent.expects.items()):
+                return source
+        except DiskmorphError:
+            pass
+        source.close()
+    return None
 
 
 def _require_match(child: ImageDisk, parent: ParentRef, below: ImageDisk) -> None:
