@@ -24,8 +24,10 @@ from diskmorph.formats.source import FileSource
 
 TIME = 10
 MEMORY = 256 << 20
-READ = 64 << 20
+READ = 96 << 20
 """At most so much of a disk is read: a mutant may claim terabytes of holes."""
+
+_STEP = 8 << 20
 
 
 def look(it: Subject, path: Path) -> dict[str, object]:
@@ -40,9 +42,10 @@ def look(it: Subject, path: Path) -> dict[str, object]:
             rows += len(batch)
             if total < READ:
                 begin, stop = int(batch["start"][0]), int(batch["start"][-1] + batch["length"][-1])
-                count = min(stop - begin, READ - total)
-                sha.update(disk.read(begin, count))
-                total += count
+                stop = min(stop, begin + READ - total)
+                for at in range(begin, stop, _STEP):
+                    sha.update(disk.read(at, min(_STEP, stop - at)))
+                total += stop - begin
             if rows > 1 << 22:
                 break
         size = disk.size
