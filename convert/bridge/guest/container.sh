@@ -11,6 +11,19 @@ on() { [ -d "$4" ] || $b mkdir -p "$4"; $b mountpoint -q "$4" 2> /dev/null || $b
 [ -e /sys/class ] || on sysfs nosuid,nodev,noexec sysfs /sys
 [ -e /dev/null ] || on devtmpfs nosuid,mode=0755 devtmpfs /dev
 on tmpfs nosuid,nodev,mode=0755 tmpfs /run
+
+# The network comes up while the rest is mounted; the program starts with an address, if there is one to be had.
+$b ip link set lo up
+jobs=''
+for path in /sys/class/net/*; do
+	nic=${path##*/}
+	[ "$nic" != lo ] && [ -e "$path/device" ] || continue
+	$b ip link set "$nic" up
+	$b udhcpc -i "$nic" -s /.diskmorph/dhcp -p "/run/udhcpc.$nic.pid" -x "hostname:$name" \
+		-t 6 -T 1 -A 5 -b -S > /dev/null 2>&1 &
+	jobs="$jobs $!"
+done
+
 on devpts nosuid,noexec,gid=5,mode=0620,ptmxmode=0666 devpts /dev/pts
 on tmpfs nosuid,nodev,mode=1777 tmpfs /dev/shm
 [ ! -d /sys/fs/cgroup ] || $b mount -t cgroup2 -o nosuid,nodev,noexec cgroup2 /sys/fs/cgroup 2> /dev/null
@@ -19,20 +32,7 @@ for link in fd:/proc/self/fd stdin:/proc/self/fd/0 stdout:/proc/self/fd/1 stderr
 done
 echo 0 > /proc/sys/kernel/ctrl-alt-del
 
-network() {
-	$b ip link set lo up
-	jobs=''
-	for path in /sys/class/net/*; do
-		nic=${path##*/}
-		[ "$nic" != lo ] && [ -e "$path/device" ] || continue
-		$b ip link set "$nic" up
-		$b udhcpc -i "$nic" -s /.diskmorph/dhcp -p "/run/udhcpc.$nic.pid" -x "hostname:$name" \
-			-t 6 -T 1 -A 5 -b -S > /dev/null 2>&1 &
-		jobs="$jobs $!"
-	done
-	[ -z "$jobs" ] || wait $jobs
-}
-network
+[ -z "$jobs" ] || wait $jobs
 $b acpid -c /.diskmorph/acpi -l /dev/null 2> /dev/null
 
 # Signals: asking to stop stops the program in its own way; others are handed on.

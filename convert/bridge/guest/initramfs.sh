@@ -22,12 +22,14 @@ for word in $words; do
 	esac
 done
 
+# Loads what devices ask for; false where none has come since.
 seen=''
 load() {
-	wanted=$(find /sys/devices -name modalias -exec cat '{}' + 2> /dev/null | sort -u)
-	[ "$wanted" != "$seen" ] || return 0
+	wanted=$(find /sys/devices -name modalias -exec cat '{}' + 2> /dev/null | grep -vE '^(cpu|dmi|input|platform):' | sort -u)
+	[ "$wanted" != "$seen" ] || return 1
 	seen=$wanted
 	echo "$wanted" | xargs modprobe -a -q > /dev/null 2>&1
+	return 0
 }
 
 # Prints the root's device: as the command line says it, else by the UUID that this ramdisk was made for.
@@ -42,10 +44,13 @@ find_root() {
 
 pause() { usleep 50000 2> /dev/null || sleep 1; }
 
-[ ! -d /lib/modules ] || load
+# Drivers for the network are loaded while the root is mounted.
+while load; do :; done &
+loader=$!
 tries=0 device=''
 until device=$(find_root $tries); do
 	tries=$((tries + 1))
+	[ $((tries % 20)) != 0 ] || load
 	if [ $tries = 60 ]; then
 		for module in $(cut -d: -f1 /lib/modules/*/modules.dep 2> /dev/null); do
 			insmod "$(echo /lib/modules/*/"$module")" 2> /dev/null
@@ -56,7 +61,6 @@ until device=$(find_root $tries); do
 		exec sh < /dev/console > /dev/console 2>&1
 	fi
 	pause
-	[ ! -d /lib/modules ] || load
 done
 
 sh /grow.sh partition "$device"
@@ -66,6 +70,7 @@ if ! mount -t ext4 -o "$mode" "$device" /newroot; then
 fi
 sh /grow.sh filesystem "$device" "$mode"
 
+wait $loader
 for folder in dev proc sys; do
 	mount -o move /$folder /newroot/$folder 2> /dev/null || umount -l /$folder
 done
