@@ -21,7 +21,6 @@ from diskmorph.formats.views import Mapped
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from diskmorph.formats.allocator import Identity
     from diskmorph.formats.disk import Disk
     from diskmorph.formats.ext4.collect import Directories
     from diskmorph.formats.source import Buffer
@@ -39,7 +38,9 @@ class Contents:
     `links` by object number; `segments` (sorted by owner and block): what each object has of the line.
     """
 
-    identity: Identity
+    uuid: bytes
+    hash_seed: bytes
+    now: int
     label: bytes
     reserved: int
     nodes: list[Node] = field(default_factory=list)
@@ -126,8 +127,7 @@ class Canvas:
 def build(contents: Contents, geometry: Geometry) -> Disk:
     """Return the file system."""
     canvas = Canvas(contents.sources)
-    uuid = contents.identity.uuid("ext4").bytes
-    seed = start(uuid)
+    seed = start(contents.uuid)
     alive = np.zeros(len(contents.nodes), np.bool_)
     alive[contents.alive] = True
     extents = _physical(_living(contents, alive), geometry)

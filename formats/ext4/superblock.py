@@ -29,12 +29,11 @@ _USER_XATTR_ACL = 0xC
 
 
 def _reserved_inode(contents: Contents, table: InodeTable, number: int, size: int, sectors: int) -> None:
-    now = int(contents.identity.time())
     row = np.zeros(1, s.INODE_ROW)
     row["mode"], row["links_count"], row["extra_isize"] = stat.S_IFREG | 0o600, 1, s.EXTRA_ISIZE_BYTES
     row["size_lo"], row["size_hi"], row["blocks_lo"] = size & 0xFFFFFFFF, size >> 32, sectors
     for name in ("atime", "ctime", "mtime", "crtime"):
-        row[name] = now & 0xFFFFFFFF
+        row[name] = contents.now & 0xFFFFFFFF
     table.fields[number - 1 : number] = row
 
 
@@ -80,7 +79,7 @@ def put_journal(
             "feature_compat": 0,
             "feature_incompat": 0,
             "feature_ro_compat": 0,
-            "uuid": contents.identity.uuid("ext4").bytes,
+            "uuid": contents.uuid,
             "nr_users": 1,
             "dynsuper": 0,
             "max_transaction": 0,
@@ -119,7 +118,7 @@ def put_resize(contents: Contents, geometry: Geometry, table: InodeTable, canvas
 
 def build_super(contents: Contents, geometry: Geometry, groups: GroupTables, journal: NDArray[np.uint32]) -> bytes:
     """Return the superblock, 1024 bytes."""
-    identity, now = contents.identity, int(contents.identity.time()) & 0xFFFFFFFF
+    now = contents.now & 0xFFFFFFFF
     reserved = min(geometry.blocks * contents.reserved // 100, groups.free_blocks // 2)
     return _sealed(
         {
@@ -149,11 +148,11 @@ def build_super(contents: Contents, geometry: Geometry, groups: GroupTables, jou
             "feature_compat": _COMPAT,
             "feature_incompat": _INCOMPAT,
             "feature_ro_compat": _RO_COMPAT,
-            "uuid": identity.uuid("ext4").bytes,
+            "uuid": contents.uuid,
             "volume_name": contents.label[:16].ljust(16, b"\0"),
             "reserved_gdt_blocks": geometry.reserved_gdt,
             "journal_inum": s.JOURNAL_INO,
-            "hash_seed": identity.uuid("ext4 directory hash").bytes,
+            "hash_seed": contents.hash_seed,
             "def_hash_version": 1,
             "jnl_backup_type": 1,
             "desc_size": s.GROUP_ROW.itemsize,

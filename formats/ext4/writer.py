@@ -40,7 +40,7 @@ class Ext4Options:
     """How a file system is made.
 
     `label`: at most 16 bytes; `identity`: where UUID, hash seed and time come from, the same for all layers;
-    `reserved`: percent of the blocks kept for root; `uuid`: overrides identity's.
+    `reserved`: percent of the blocks kept for root.
     """
 
     label: bytes = b""
@@ -74,7 +74,14 @@ class Ext4Writer:
         self.lost: list[str] = []
         self.geometry: Geometry | None = None
         self._collector = Collector()
-        self._contents = Contents(self.options.identity, self.options.label, self.options.reserved)
+        identity = self.options.identity
+        self._contents = Contents(
+            identity.uuid("ext4").bytes,
+            identity.uuid("ext4 directory hash").bytes,
+            int(identity.time()),
+            self.options.label,
+            self.options.reserved,
+        )
         self._source_numbers: dict[int, int] = {}
         self._states: list[State] = []
         self._directory_blocks: dict[int, int] = {}
