@@ -29,6 +29,7 @@ VERBS: tuple[Verb, ...] = (
     Verb("digest", _HERE + "digest", "hash the content, whatever the format"),
     Verb("create", _HERE + "create", "make an empty image, or an overlay on another"),
     Verb("resize", _HERE + "resize", "give an image another virtual size"),
+    Verb("rebase", _HERE + "rebase", "give an overlay another parent"),
     Verb("snapshot", _HERE + "snapshot", "list internal snapshots, or extract one"),
     Verb("serve", _HERE + "serve", "serve a disk, read-only, over NBD"),
     Verb("build", _HERE + "build", "build a bootable disk from a tree or a container image"),

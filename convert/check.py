@@ -63,7 +63,7 @@ def check(
         if output is not None:
             _repair_copy(source, Path(output), report.patches, force=force, sync=sync)
         else:
-            journal = _repair_in_place(source, entry, report.patches, repair)
+            journal = patch_in_place(source, entry, report.patches, repair)
     where = Path(path) if output is None else Path(output)
     left = _again(where, entry, parents, limits)
     return _result(str(where), left, repaired=len(report.patches), journal=str(journal) if output is None else None)
@@ -113,7 +113,8 @@ def _refuse_same(source: FileSource, output: Path) -> None:
         raise TargetError("is the image that is repaired", file=str(output), hint="leave out -o to repair in place")
 
 
-def _repair_in_place(source: FileSource, entry: Format, patches: Sequence[Patch], repair: str) -> Path:
+def patch_in_place(source: FileSource, entry: Format, patches: Sequence[Patch], repair: str) -> Path:
+    """Write patches to an image behind a journal, which is returned; `repair` says in it what for."""
     path = source.path
     assert path is not None  # noqa: S101 - for the type checker
     try:

@@ -130,7 +130,12 @@ def _extension(kind: int, data: bytes) -> bytes:
 
 def _backing_format(image: NewImage) -> bytes:
     word = image.parent.format if image.parent is not None else ""
-    return _PEER_NAMES.get(word, word).encode()
+    return backing_format_name(word).encode()
+
+
+def backing_format_name(format: str) -> str:
+    """Return what QEMU calls a format."""
+    return _PEER_NAMES.get(format, format)
 
 
 def _feature_names() -> bytes:
