@@ -4,6 +4,7 @@
 # Nothing happens where there is nothing to gain. UEFI 2.10, 5.3: header at LBA 1 and in the last LBA, 128 entries of
 # 128 bytes behind the first and before the second; CRC-32 of the entries, and of the header with its own field zero.
 
+device=$2 mode=$3
 name=${2##*/}
 system=/sys/class/block/$name
 
@@ -77,19 +78,19 @@ partition() {
 	sync
 	blockdev --rereadpt "/dev/$disk" || partprobe "/dev/$disk"
 	tries=0
-	until [ -b "$2" ] || [ $tries = 100 ]; do usleep 50000; tries=$((tries + 1)); done
+	until [ -b "$device" ] || [ $tries = 100 ]; do usleep 50000; tries=$((tries + 1)); done
 	echo "diskmorph: partition $index of $disk grown to $(cat "$system/size") sectors" > /dev/console
 }
 
 filesystem() {
-	super=$(dd if="$2" bs=512 skip=2 count=1 2> /dev/null | hex)
+	super=$(dd if="$device" bs=512 skip=2 count=1 2> /dev/null | hex)
 	[ "$(piece "$super" 49 56)$(piece "$super" 113 116)" = 0200000053ef ] || return 0 # blocks of 4096 bytes, ext4
 	have=$(number "$(piece "$super" 9 16)$(piece "$super" 673 680)")
 	room=$(($(cat "$system/size") / 8))
 	[ $room -gt $((have + 256)) ] || return 0
 	mount -o remount,rw /newroot || return 0
 	/bin/grow /newroot $room || echo "diskmorph: the root file system cannot be grown: error $?" > /dev/console
-	[ "$3" = rw ] || mount -o remount,ro /newroot
+	[ "$mode" = rw ] || mount -o remount,ro /newroot
 }
 
 "$@"
