@@ -123,13 +123,13 @@ def _node(source: ByteSource, numbers: dict[str, int], data: int) -> Node:
     mode, size = numbers["mode"], numbers["filesize"]
     if mode & 0o170000 == stat.S_IFLNK and size > _LONGEST_LINK:
         raise _fault(source, "has a link of an impossible length", data)
-    place = {"uid": numbers["uid"], "gid": numbers["gid"], "mtime": numbers["mtime"] * 10**9}
+    owner, group, mtime = numbers["uid"], numbers["gid"], numbers["mtime"] * 10**9
     if mode & 0o170000 == stat.S_IFLNK:
-        return Node(mode, **place, target=source.read(data, size), size=size)
+        return Node(mode, owner, group, mtime, target=source.read(data, size), size=size)
     if mode & 0o170000 == stat.S_IFREG:
         pieces = (Piece(0, size, source, data),) if size else ()
-        return Node(mode, **place, size=size, pieces=pieces)
-    return Node(mode, **place, rdev=(numbers["rdevmajor"], numbers["rdevminor"]))
+        return Node(mode, owner, group, mtime, size=size, pieces=pieces)
+    return Node(mode, owner, group, mtime, rdev=(numbers["rdevmajor"], numbers["rdevminor"]))
 
 
 def _fault(source: ByteSource, problem: str, offset: int) -> FormatError:

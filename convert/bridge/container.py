@@ -107,8 +107,8 @@ def resolve_user(tree: Tree, text: str) -> Account:
     """
     user, _, group = text.partition(":")
     user = user or "0"
-    users = [fields for fields in _table(tree, "etc/passwd", 7)]
-    groups = [fields for fields in _table(tree, "etc/group", 4)]
+    users = _table(tree, "etc/passwd", 7)
+    groups = _table(tree, "etc/group", 4)
     found = next((fields for fields in users if user in (fields[0], fields[2])), None)
     if found is None and not user.isdigit():
         raise OptionError(f"the image's user {user!r} is not in its /etc/passwd")
@@ -122,7 +122,7 @@ def resolve_user(tree: Tree, text: str) -> Account:
         return Account(uid, int(row[2]) if row else int(group), (), home)
     name = found[0] if found else None
     others = [int(fields[2]) for fields in groups if name is not None and name in fields[3].split(",")]
-    return Account(uid, gid, tuple(dict.fromkeys([*others])), home)
+    return Account(uid, gid, tuple(dict.fromkeys(others)), home)
 
 
 def _table(tree: Tree, path: str, fields: int) -> list[list[str]]:

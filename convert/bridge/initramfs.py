@@ -19,9 +19,38 @@ if TYPE_CHECKING:
 
 # Every applet that initramfs.sh and grow.sh call.
 _APPLETS = (
-    "[ blockdev cat cut dd echo find findfs grep gzip head hexdump insmod mdev mkdir modprobe mount partprobe printf "
-    "readlink sed sh sleep sort switch_root sync tail test umount usleep xargs"
-).split()
+    "[",
+    "blockdev",
+    "cat",
+    "cut",
+    "dd",
+    "echo",
+    "find",
+    "findfs",
+    "grep",
+    "gzip",
+    "head",
+    "hexdump",
+    "insmod",
+    "mdev",
+    "mkdir",
+    "modprobe",
+    "mount",
+    "partprobe",
+    "printf",
+    "readlink",
+    "sed",
+    "sh",
+    "sleep",
+    "sort",
+    "switch_root",
+    "sync",
+    "tail",
+    "test",
+    "umount",
+    "usleep",
+    "xargs",
+)
 _BUSYBOX = ("bin/busybox", "usr/bin/busybox", "bin/busybox.static", "usr/bin/busybox.static", "sbin/busybox")
 _MACHINES = {"amd64": 62, "arm64": 183, "386": 3, "arm": 40, "riscv64": 243}
 _LEVEL = 6
@@ -44,7 +73,7 @@ def missing_busybox(architecture: str) -> OptionError:
     """Return the error that says what brings a busybox."""
     return OptionError(
         f"a static busybox for {architecture} is needed and neither the tree nor this machine has one",
-        hint="install the package busybox-static here or in the tree, or name its file with --part busybox-static_*.deb",
+        hint="install the package busybox-static here or in the tree, or name it: --part busybox-static_*.deb",
     )
 
 
@@ -71,7 +100,7 @@ def pick_drivers(folder: ModuleFolder) -> Picked:
 def make_initramfs(
     busybox: Node, picked: Picked | None, version: str, architecture: str, *, uuid: str, init: str, mode: str
 ) -> bytes:
-    """Return the ramdisk, gzipped: it mounts the file system `uuid` and starts `init` in it. The same bytes each time."""
+    """Return the ramdisk, gzipped: it mounts the file system `uuid` and starts `init` in it."""
     tree = Tree(name="initramfs")
     for name in ("bin", "dev", "lib", "newroot", "proc", "sys"):
         tree.put(name, dir_node())

@@ -87,13 +87,13 @@ def run_program(program: Program, architecture: str) -> bytes:
     groups = struct.pack(f"<{len(program.groups)}I", *program.groups)
     message = b"diskmorph: cannot run " + program.arguments[0] + b"\n"
     values = [len(program.groups), table.data(groups), program.gid, program.uid, table.text(program.directory)]
-    values += [table.list(program.arguments), table.list(program.environment)]
+    values += [table.texts(program.arguments), table.texts(program.environment)]
     values += [table.data(message), len(message), *map(table.text, program.paths), 0]
     return _elf(code + table.built(values), architecture)
 
 
 def grow_program(architecture: str) -> bytes:
-    """Return an executable for `grow MOUNTPOINT BLOCKS`; its exit status is the error number. Raises UnsupportedError."""
+    """Return an executable, `grow MOUNTPOINT BLOCKS`; its status is the error number. Raises UnsupportedError."""
     return _elf(_code(GROW_CODE, architecture), architecture)
 
 
@@ -144,7 +144,7 @@ class _Table:
         """Keep a string with its NUL; return its address."""
         return self.data(text + b"\0")
 
-    def list(self, texts: tuple[bytes, ...]) -> int:
+    def texts(self, texts: tuple[bytes, ...]) -> int:
         """Keep strings and the list of their addresses that ends with 0; return its address."""
         addresses = [self.text(text) for text in texts]
         return self.data(struct.pack(f"<{len(addresses) + 1}Q", *addresses, 0))

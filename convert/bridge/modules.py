@@ -135,7 +135,8 @@ def plain_name(name: str) -> str:
 def dependency_lists(picked: Picked) -> tuple[str, str]:
     """Return the texts of modules.dep and modules.alias for the picked modules."""
     by_name = {module.name: module for module in picked.modules}
-    lines, aliases = [], []
+    lines: list[str] = []
+    aliases: list[str] = []
     for module in picked.modules:
         needs = [other.path for other in reversed(_all_needs(module, by_name))]
         lines.append(f"{module.path}:{''.join(' ' + path for path in needs)}\n")

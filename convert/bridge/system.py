@@ -47,10 +47,9 @@ def find_init(tree: Tree) -> str | None:
             continue
         link = tree.find(path, follow=False)
         target = link.target if link is not None and link.kind == stat.S_IFLNK else b""
-        if target.rsplit(b"/", 1)[-1].startswith(b"busybox"):
-            if tree.find("sbin/openrc") is None and tree.find("etc/init.d/rcS") is None:
-                continue
-        return "/" + path
+        told = tree.find("sbin/openrc") is not None or tree.find("etc/init.d/rcS") is not None
+        if told or not target.rsplit(b"/", 1)[-1].startswith(b"busybox"):
+            return "/" + path
     return None
 
 
@@ -83,7 +82,7 @@ def _host_name(tree: Tree, hostname: str | None) -> str:
 
 
 def _put_keys(inject: Injector, tree: Tree, keys: tuple[str, ...], mtime: int) -> None:
-    home = "root" if tree.find("root") or tree.find("home") is None else "root"
+    home = "root"
     old = read_text(tree, f"{home}/.ssh/authorized_keys") or ""
     lines = [line for key in keys for line in _key_lines(key)]
     if tree.find(home) is None:
@@ -108,15 +107,16 @@ def _key_lines(key: str) -> list[str]:
 
 
 def fstab_text(tree: Tree, root: str, esp: str | None) -> str:
-    """Return an fstab: the root by UUID, the ESP for tools that look for it, and the tree's own lines for what is no disk."""
+    """Return an fstab: the root and the ESP by UUID, and the tree's own lines for what is no disk."""
     lines = [f"UUID={root} / ext4 defaults,errors=remount-ro 0 1"]
     if esp is not None:
         lines.append(f"UUID={esp} /boot/efi vfat noauto,umask=0077 0 0")
     for line in (read_text(tree, "etc/fstab") or "").splitlines():
         fields = line.split()
-        if len(fields) >= 4 and not line.lstrip().startswith("#") and fields[1] not in _OURS:
-            if fields[2] in _KEPT_TYPES or "bind" in fields[3].split(","):
-                lines.append(line.strip())
+        if len(fields) < 4 or fields[0].startswith("#") or fields[1] in _OURS:
+            continue
+        if fields[2] in _KEPT_TYPES or "bind" in fields[3].split(","):
+            lines.append(line.strip())
     return "\n".join(lines) + "\n"
 
 

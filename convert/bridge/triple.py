@@ -1,4 +1,4 @@
-"""`--triple DIR`: the kernel (aki), its ramdisk (ari) and the bare root file system (ami), as Xen and Glance take them."""
+"""`--triple DIR`: the kernel (aki), its ramdisk (ari) and the bare root file system (ami)."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ The Unified Kernel Image specification (UAPI.5) names the sections; PE/COFF 8.3 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from construct import Bytes, Int16ul, Int32ul, Int64ul, Struct
 
@@ -115,7 +115,7 @@ def make_uki(stub: bytes, sections: Sequence[tuple[str, bytes]]) -> bytes:
     return bytes(image)
 
 
-def _headers(stub: bytes, start: int) -> tuple[_COFF, _OPTIONAL, int]:  # type: ignore[valid-type]
+def _headers(stub: bytes, start: int) -> tuple[Any, Any, int]:
     size = _COFF.sizeof() + _OPTIONAL.sizeof()
     if stub[:2] != b"MZ" or start + size > len(stub):
         raise FormatError("the EFI stub is no PE file")
