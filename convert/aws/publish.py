@@ -152,7 +152,7 @@ def copies(job: Job, image: str, options: ImageOptions) -> dict[str, Any]:
 
 
 def _copy(job: Job, image: str, region: str, options: ImageOptions, stop: threading.Event) -> Any:
-    words = {
+    words: dict[str, Any] = {
         "ClientToken": f"{job.id}-{region}",
         "SourceImageId": image,
         "SourceRegion": job.session.region,

@@ -248,6 +248,8 @@ def _zero_rule(session: Session, options: UploadOptions, started: _Started) -> b
 
 
 def _complete(session: Session, started: _Started, count: int, checksum: str) -> None:
+    doubtful = False
+
     def settle(fault: Fault) -> bool | None:
         """Look at the state where an answer was lost and the snapshot is no longer pending."""
         nonlocal doubtful
@@ -256,7 +258,6 @@ def _complete(session: Session, started: _Started, count: int, checksum: str) ->
             return _state_of(session, started.id, 0.0) in {"pending", "completed"} or None
         return None
 
-    doubtful = False
     session.call(
         "ebs:CompleteSnapshot",
         born=started.born,

@@ -11,7 +11,7 @@ import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from diskmorph.convert.aws.faults import AwsError
 from diskmorph.convert.aws.infer import Found, infer
@@ -232,7 +232,7 @@ def _convert(job: Job, source: Source, writer: ObjectWriter) -> None:
     words = ConvertOptions(format_options={"subformat": "streamOptimized"})
     allocator = new_allocator(require_format("vmdk"), source.disk, "disk.vmdk", words, None)
     disk = grown(source.disk, allocator.size)
-    with StreamTarget(writer, writer.name) as target:  # type: ignore[arg-type] - it is a raw stream
+    with StreamTarget(cast("BinaryIO", writer), writer.name) as target:
         run(
             Transfer(disk, allocator, phase="upload"),
             target,

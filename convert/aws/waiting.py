@@ -21,7 +21,7 @@ _PATIENCE = 6 * 3600.0
 
 
 def ticks(what: str, action: str, stop: threading.Event | None = None, patience: float = _PATIENCE) -> Iterator[None]:
-    """Yield at once, then at growing intervals. Raises AwsError after `patience` seconds, Stopped when `stop` is set."""
+    """Yield at once, then at growing intervals. Raises AwsError after `patience` seconds, Stopped by `stop`."""
     begun, delay = time.monotonic(), _FIRST
     while True:
         yield
