@@ -41,6 +41,7 @@ EXAMPLES = (
     ("diskmorph convert --for azure disk.qcow2 disk.vhd", "what a cloud's importer wants, in one word"),
     ("diskmorph convert --allow-parent . top.qcow2 flat.qcow2", "a chain of backing files, flattened"),
     ("diskmorph convert --keep-chain --allow-parent . top.qcow2 new/top.vmdk", "a chain, each layer a file of its own"),
+    ("diskmorph convert https://host/disk.vmdk a.qcow2 --also b.vhdx", "two targets, one read of the source"),
     ("diskmorph convert -B base.qcow2 now.raw over.qcow2", "only what differs from another image"),
     ("diskmorph convert --snapshot monday disk.qcow2 monday.raw", "an internal snapshot"),
     ("diskmorph convert seed/ seed.iso --label cidata", "a directory, as a seed for cloud-init"),
@@ -100,6 +101,9 @@ def _add_shape(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--size", metavar="SIZE", help="another virtual size; data is never cut off")
     group.add_argument("-S", dest="zero_unit", metavar="SIZE", default="4k", help="unit of zero detection; 0: off")
     group.add_argument("--flatten", action="store_true", help="make one image of a chain (the default)")
+    group.add_argument(
+        "--also", action="append", default=[], metavar="DST2", help="a further target of the same read; repeatable"
+    )
     group.add_argument("--keep-chain", action="store_true", help="each layer of a chain becomes a file of its own")
     group.add_argument("--device", action="store_true", help="DST is a block device, written in place")
 
@@ -169,6 +173,7 @@ def options_of(args: argparse.Namespace) -> ConvertOptions:
         dry_run=args.dry_run,
         device=args.device,
         keep_chain=args.keep_chain,
+        also=tuple(args.also),
         label=args.label,
         threads=args.threads,
         parents=parents_of(args),
@@ -214,7 +219,10 @@ def print_report(report: ConvertReport, out: Output, *, dry: bool) -> None:
         out.note(f"{'would be lost' if dry else 'lost'}: {loss}")
     if report.target == "-":
         return
-    out.report(report.as_dict(), _report_lines(report, out, dry=dry))
+    out.report(
+        report.as_dict(),
+        [line for one in (report, *report.also) for line in _report_lines(one, out, dry=dry)],
+    )
 
 
 def _report_lines(report: ConvertReport, out: Output, *, dry: bool) -> Iterator[str]:

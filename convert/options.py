@@ -39,6 +39,7 @@ class ConvertOptions:
     - `profile`: a target's name (`--for azure`).
     - `digest`, `verify`, `reproducible`, `sync`, `force`, `dry_run`, `device`: as on the command line.
     - `keep_chain`: each layer of a chain becomes a file of its own, instead of one disk of all.
+    - `also`: further targets of the same read; their formats are said by their suffixes.
     - `label`: the volume's label, of an ISO.
     - `rate`: bytes a second at most; `threads`: workers (None: one a core).
     - `parents`, `limits`: what the source may open and cost.
@@ -64,6 +65,7 @@ class ConvertOptions:
     dry_run: bool = False
     device: bool = False
     keep_chain: bool = False
+    also: tuple[str, ...] = ()
     label: str | None = None
     threads: int | None = None
     parents: Parents = field(default_factory=Parents)
@@ -103,6 +105,8 @@ class ConvertReport:
     members: tuple[str, ...] = ()
     properties: Mapping[str, str] = field(default_factory=dict)
     """What the importer must be told of the image (`--for openstack`)."""
+    also: tuple[ConvertReport, ...] = ()
+    """Of the further targets (`--also`)."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the JSON object of docs/json.md."""
@@ -111,8 +115,10 @@ class ConvertReport:
         report["notes"] = list(self.notes)
         report["members"] = list(self.members)
         report["properties"] = dict(self.properties)
-        if not self.properties:
-            del report["properties"]
+        report["also"] = [other.as_dict() for other in self.also]
+        for key in ("properties", "also"):
+            if not report[key]:
+                del report[key]
         return report
 
 

@@ -106,6 +106,10 @@ def _to_tree(asked: Asked) -> bool:
     return asked.target.startswith(_TREE_PREFIXES) or asked.target.lower().endswith(_TREE_SUFFIXES)
 
 
+def _has_more(asked: Asked) -> bool:
+    return bool(asked.options.also)
+
+
 def _keeps_chain(asked: Asked) -> bool:
     return asked.options.keep_chain
 
@@ -125,6 +129,7 @@ class Route(NamedTuple):
 
 
 ROUTES: tuple[Route, ...] = (
+    Route(_has_more, "diskmorph.convert.also", "convert_also"),
     Route(_keeps_chain, "diskmorph.convert.chains", "keep_chain"),
     Route(_to_tree_shape, "diskmorph.convert.cloud_trees", "tree_to_shape"),
     Route(_to_disk_shape, "diskmorph.convert.cloud", "disk_to_shape"),
