@@ -217,17 +217,6 @@ class Serving:
             def log(self, *_: Any) -> None:
                 pass
 
-            def run_wsgi(self) -> None:
-                try:
-                    super().run_wsgi()
-                except Drop:
-                    self.hang_up()
-
-            def hang_up(self) -> None:
-                self.close_connection = True
-                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                self.connection.close()
-
         def app(environ: dict[str, Any], start: Any) -> Any:
             try:
                 return fake(environ, start)
