@@ -47,6 +47,9 @@ def add_parents(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--backing", metavar="FILE", help="the image's parent, whatever it says itself")
     group.add_argument(
+        "--passphrase-file", metavar="FILE", help="what opens an encrypted image (a newline at its end is left out)"
+    )
+    group.add_argument(
         "-U", "--force-share", action="store_true", help="read an image although a running process has locked it"
     )
 
@@ -76,7 +79,18 @@ def parents_of(args: argparse.Namespace) -> Parents:
         allow=tuple(Path(directory) for directory in args.allow_parent),
         backing=Path(args.backing) if args.backing else None,
         shared=args.force_share,
+        passphrase=_passphrase(args.passphrase_file),
     )
+
+
+_MOST_PASSPHRASE = 8 << 20
+
+
+def _passphrase(path: str | None) -> bytes | None:
+    if path is None:
+        return None
+    with open(path, "rb") as file:  # noqa: PTH123 - a pipe will do as well
+        return file.read(_MOST_PASSPHRASE).removesuffix(b"\n")
 
 
 def size_of(text: str | None, name: str) -> int | None:

@@ -23,11 +23,13 @@ class Parents:
     """What the user allows: directories that may hold parents and extents, and the top image's own parent.
 
     `backing` replaces what the top image says of its parent. `shared` (`-U`) reads images that a process has locked.
+    `passphrase` opens encrypted images.
     """
 
     allow: tuple[Path, ...] = ()
     backing: Path | None = None
     shared: bool = False
+    passphrase: bytes | None = field(default=None, repr=False)
 
     @classmethod
     def of(cls, what: Parents | str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | None) -> Parents:

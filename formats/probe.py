@@ -220,7 +220,10 @@ _ISO = Format(
     suffixes=(".iso",),
     title="optical disc",
 )
-FORMATS += (_COMPRESSED, _ISO)  # last: what lies in a container is not the outermost format
+_LUKS = Format(
+    "luks", _DISKS + "luks", lambda _: None, writes=False, title="encrypted volume, with -f luks", kind="wrapper"
+)
+FORMATS += (_LUKS, _COMPRESSED, _ISO)  # last: what lies in a container is not the outermost format
 
 RAW = Format("raw", _DISKS + "raw", lambda _: None, suffixes=(".raw", ".img", ".dd", ".bin"), title="plain disk")
 

@@ -47,7 +47,8 @@ class Qcow2Disk(ImageDisk):
         self.info = _info(header, snapshots, source, context, self.size)
         self._l2 = L2Reader(source, header)
         self._judge = Judge(source, header, backed=header.backing is not None)
-        self.files = (source, *self._data_file(context))
+        self._locked = header.encryption is not None
+        self.files = (self._decrypted(context), *self._data_file(context))
         if len(self.files) > 1:
             self._judge.end = self.files[1].size
         self._l1: NDArray[np.uint64] | None = None
@@ -57,6 +58,21 @@ class Qcow2Disk(ImageDisk):
     def header(self) -> Header:
         """The image's header."""
         return self._header
+
+    def _decrypted(self, context: OpenContext) -> ByteSource:
+        """Return the source that data clusters are read from; tables are never encrypted.
+
+        Without a passphrase the refusal is kept until data is asked for, so that `info` works.
+        """
+        place = self._header.extensions.crypto
+        if self._header.encryption != "LUKS" or place is None or context.opener.parents.passphrase is None:
+            return self._source
+        from diskmorph.formats.luks.cipher import DecryptedSource  # noqa: PLC0415 - encrypted images only
+        from diskmorph.formats.luks.unlock import unlock  # noqa: PLC0415
+
+        volume = unlock(self._source.window(*place), context.opener.parents.passphrase)
+        self._locked = False
+        return DecryptedSource(self._source, volume.cipher)
 
     def _data_file(self, context: OpenContext) -> tuple[ByteSource, ...]:
         """Open the external data file; a refusal is kept until data is asked for, so that `info` works without it."""
@@ -86,15 +102,18 @@ class Qcow2Disk(ImageDisk):
             return self._l1
 
     def _extents(self, start: int, stop: int) -> Iterator[NDArray[np.void]]:
-        if self._header.encryption is not None:
+        if self._locked:
+            can = self._header.encryption == "LUKS"
             raise UnsupportedError(
-                f"is encrypted with {self._header.encryption}, which is not supported",
+                f"is encrypted with {self._header.encryption}"
+                + (", and no passphrase was given" if can else ", which is not supported"),
                 feature=f"{self._header.encryption} encryption",
                 file=self.name,
                 format="qcow2",
                 structure="header",
                 field="crypt_method",
                 offset=32,
+                hint="give it with --passphrase-file FILE" if can else None,
             )
         if self._refusal is not None:
             raise self._refusal

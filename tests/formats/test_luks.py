@@ -1,0 +1,102 @@
+"""LUKS volumes and encrypted qcow2, made by qemu-img and cryptsetup."""
+
+from pathlib import Path
+
+import pytest
+from clikit import dm
+
+import diskmorph
+from diskmorph.formats.errors import FormatError, PolicyError, UnsupportedError
+from diskmorph.formats.luks.cipher import SectorCipher
+from diskmorph.formats.policy import Parents
+
+from testkit import MIB, data, run
+
+QEMU = ("--object", "secret,id=s,file=pass")
+SLOW = "iter-time=10"
+
+
+@pytest.fixture(autouse=True)
+def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("pass").write_bytes(b"open sesame")
+    Path("line").write_bytes(b"open sesame\n")
+    Path("wrong").write_bytes(b"close sesame")
+    Path("disk.raw").write_bytes(data("luks", MIB) + bytes(2 * MIB) + data("end", MIB))
+
+
+def test_qcow2_luks():
+    run("qemu-img", "convert", *QEMU, "-f", "raw", "-O", "qcow2",
+        "-o", f"encrypt.format=luks,encrypt.key-secret=s,encrypt.{SLOW}", "disk.raw", "e.qcow2")  # fmt: skip
+    done = dm("convert", "e.qcow2", "o.raw")
+    assert done.status == 1 and "--passphrase-file" in done.err
+    done = dm("convert", "e.qcow2", "o.raw", "--passphrase-file", "wrong")
+    assert done.status == 1 and "fits no key slot" in done.err
+    for name, file in (("a.raw", "pass"), ("b.vmdk", "line")):
+        dm("convert", "e.qcow2", name, "--passphrase-file", file).ok()
+        assert dm("compare", "disk.raw", name).status == 0
+    assert dm("info", "e.qcow2", "--json").ok().json["features"]["encryption"] == "LUKS"
+    assert dm("compare", "disk.raw", "e.qcow2", "--passphrase-file", "pass").status == 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "cipher-alg=aes-256,cipher-mode=xts,ivgen-alg=plain64",
+        "cipher-alg=aes-128,cipher-mode=cbc,ivgen-alg=essiv,ivgen-hash-alg=sha256",
+        "cipher-alg=aes-256,cipher-mode=cbc,ivgen-alg=plain64,hash-alg=sha512",
+    ],
+)
+def test_luks1_by_qemu(words: str):
+    run(
+        "qemu-img",
+        "convert",
+        *QEMU,
+        "-f",
+        "raw",
+        "-O",
+        "luks",
+        "-o",
+        f"key-secret=s,{SLOW},{words}",
+        "disk.raw",
+        "v.luks",
+    )
+    dm("convert", "-f", "luks", "v.luks", "o.qcow2", "--passphrase-file", "pass").ok()
+    assert dm("compare", "disk.raw", "o.qcow2").status == 0
+    dm("convert", "v.luks", "as-it-is.raw").ok()
+    assert Path("as-it-is.raw").read_bytes() == Path("v.luks").read_bytes()
+
+
+@pytest.mark.parametrize("kdf", ["pbkdf2", "argon2id"])
+@pytest.mark.parametrize("sector", [512, 4096])
+def test_luks2_headers_by_cryptsetup(kdf: str, sector: int):
+    """The header is cryptsetup's; what the payload must decrypt to is found by its own key (--dump-volume-key)."""
+    Path("v.luks").write_bytes(bytes(20 * MIB))
+    cost = ["--pbkdf-force-iterations", "1000" if kdf == "pbkdf2" else "4"]
+    cost += ["--pbkdf-memory", "4096", "--pbkdf-parallel", "1"] if kdf == "argon2id" else []
+    run("cryptsetup", "luksFormat", "-q", "--type", "luks2", "--pbkdf", kdf, *cost, "--sector-size", str(sector),
+        "v.luks", "pass")  # fmt: skip
+    run("cryptsetup", "luksDump", "-q", "--dump-volume-key", "--key-file", "pass", "--volume-key-file", "key", "v.luks")
+    with diskmorph.open_disk("v.luks", format="luks", parents=Parents(passphrase=b"open sesame")) as disk:
+        assert disk.size == 4 * MIB and disk.info.subformat == "LUKS2"
+        cipher = SectorCipher("aes", "xts-plain64", Path("key").read_bytes(), sector)
+        expected = cipher.decrypt(memoryview(bytes(sector)), 3 * 4096 // 512)
+        assert disk.read(3 * 4096, sector) == expected
+        assert disk.read(3 * 4096 + 5, 100) == expected[5:105]
+    with pytest.raises(PolicyError):
+        diskmorph.open_disk("v.luks", format="luks", parents=Parents(passphrase=b"no"))
+    bent = bytearray(Path("v.luks").read_bytes())
+    bent[5000] ^= 1
+    Path("bent").write_bytes(bent)
+    with pytest.raises(FormatError, match="checksum"):
+        diskmorph.open_disk("bent", format="luks", parents=Parents(passphrase=b"open sesame"))
+
+
+def test_what_is_refused():
+    with pytest.raises(UnsupportedError, match="serpent"):
+        SectorCipher("serpent", "xts-plain64", bytes(64))
+    with pytest.raises(FormatError):
+        SectorCipher("aes", "xts-plain64", bytes(7))
+    with pytest.raises(FormatError):
+        diskmorph.open_disk("disk.raw", format="luks", parents=Parents(passphrase=b"x"))
+    assert "passphrase" not in repr(Parents(passphrase=b"secret"))
