@@ -11,7 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from bootkit import BUSYBOX, CONFIG, tiny_image
+from bootkit import BUSYBOX, tiny_image
+from treekit import tar_entry, tar_file
+
 from diskmorph.convert.bridge import BuildOptions, build, container, grub, launcher, software, system, uki
 from diskmorph.convert.bridge.initramfs import find_busybox, gzipped, is_static, make_initramfs
 from diskmorph.convert.bridge.injected import Injector
@@ -23,8 +25,8 @@ from diskmorph.formats.errors import DiskmorphError, FormatError, OptionError, U
 from diskmorph.formats.limits import Limits
 from diskmorph.formats.source import BytesSource
 from diskmorph.formats.tree import Tree, dir_node, file_node, link_node
+
 from testkit import run
-from treekit import tar_entry, tar_file
 
 GUEST = Path(launcher.__file__).parent / "guest"
 
@@ -79,7 +81,7 @@ class TestPrograms:
 
 class TestCpio:
     def sample(self) -> Tree:
-        tree = tree_of(**{"a__b": b"content" * 99, "sbin__x": b"program", "empty": b""})
+        tree = tree_of(a__b=b"content" * 99, sbin__x=b"program", empty=b"")
         tree.put("link", link_node(b"a/b"))
         tree.put("dir", dir_node(0o1777, 3, 4))
         return tree
@@ -105,7 +107,7 @@ class TestCpio:
 
     @pytest.mark.parametrize("cut", [0, 50, 111, 300])
     def test_cut_off(self, cut: int) -> None:
-        with pytest.raises(FormatError, match="cut off|truncated"):
+        with pytest.raises(FormatError, match=r"cut off|truncated"):
             read_cpio(BytesSource(write_cpio(self.sample())[:cut]))
 
     def test_damage(self) -> None:
@@ -179,7 +181,7 @@ class TestPackages:
         (root / "usr").mkdir()
         (root / "usr/file").write_bytes(b"deb")
         for codec in ("xz", "gzip", "none", "zstd"):
-            run("dpkg-deb", "-q", "--root-owner-group", f"-Z{codec}", "-b", root, tmp_path / "p.deb")
+            run("dpkg-deb", "--root-owner-group", f"-Z{codec}", "-b", root, tmp_path / "p.deb")
             with software.open_software(tmp_path / "p.deb", Limits()) as tree:
                 assert tree.find("usr/file").read() == b"deb"  # type: ignore[union-attr]
 
@@ -222,17 +224,7 @@ class TestUnifiedKernelImage:
             (".linux", b"K" * 9001),
             (".initrd", b"I"),
         ):
-            run(
-                "objcopy",
-                "-O",
-                "binary",
-                "--only-section",
-                section,
-                "--set-section-flags",
-                f"{section}=alloc",
-                tmp_path / "uki.efi",
-                tmp_path / "out",
-            )
+            run("objcopy", "--dump-section", f"{section}={tmp_path}/out", tmp_path / "uki.efi", tmp_path / "copy")
             assert (tmp_path / "out").read_bytes()[: len(content)] == content, section
 
     @pytest.mark.parametrize("bad", [b"", b"MZ", b"MZ" + bytes(200), b"\x7fELF" + bytes(500)])
@@ -425,6 +417,3 @@ class TestWhatIsMissing:
                 tmp_path / "d.raw",
                 options=replace(self.options, kernel=tmp_path / "vmlinuz"),
             )
-
-    def test_config_is_what_the_image_says(self) -> None:
-        assert CONFIG["User"] == "app"
