@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -153,7 +154,7 @@ def source_options(args: argparse.Namespace) -> SourceOptions:
         parents=parents_of(args),
         snapshot=args.snapshot,
         disk=args.disk,
-        build=_build_options(args),
+        build=partial(_build_options, args),
     )
 
 

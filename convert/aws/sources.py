@@ -11,15 +11,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diskmorph.convert.bridge.options import BuildOptions
 from diskmorph.convert.opening import open_source
 from diskmorph.formats.limits import Limits
 from diskmorph.formats.policy import Parents
 from diskmorph.formats.source import ByteSource, BytesSource, FileSource, WindowSource
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
+    from diskmorph.convert.bridge.options import BuildOptions
     from diskmorph.convert.opening import Opened
     from diskmorph.formats.disk import Disk
     from diskmorph.formats.machine import Machine
@@ -31,14 +31,14 @@ _SMALL = 64 << 20
 
 @dataclass(frozen=True, slots=True)
 class SourceOptions:
-    """How a source is read: as `ConvertOptions` says; `build` is for trees and containers."""
+    """How a source is read: as `ConvertOptions` says; `build` tells how disks are built from trees and containers."""
 
     format: str | None = None
     parents: Parents = field(default_factory=Parents)
     limits: Limits = field(default_factory=Limits)
     snapshot: str | None = None
     disk: int | None = None
-    build: BuildOptions = field(default_factory=BuildOptions)
+    build: Callable[[], BuildOptions] | None = None
 
 
 @dataclass(slots=True)
@@ -102,9 +102,11 @@ def _tree_format(name: str, options: SourceOptions) -> str | None:
 def _built(name: str, tree_format: str, options: SourceOptions) -> Iterator[Source]:
     """Lend the disk built from a tree; reproducibly, so that the same command builds the same disk again."""
     from diskmorph.convert.bridge.build import built  # noqa: PLC0415 - most sources are disks
+    from diskmorph.convert.bridge.options import BuildOptions  # noqa: PLC0415
     from diskmorph.formats.trees import open_tree  # noqa: PLC0415
 
-    build = replace(options.build, convert=replace(options.build.convert, reproducible=True, source_format=tree_format))
+    build = options.build() if options.build is not None else BuildOptions()
+    build = replace(build, convert=replace(build.convert, reproducible=True, source_format=tree_format))
     with open_tree(name, format=options.format, platform=build.platform, limits=options.limits) as tree:
         disk, notes, lost = built(tree, build)
         disk.name = name
