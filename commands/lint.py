@@ -13,14 +13,28 @@ if TYPE_CHECKING:
     from diskmorph.commands.output import Output
     from diskmorph.convert.lint import LintReport
 
-TARGETS = ("esxi", "virtualbox", "proxmox", "aws")
+TARGETS = (
+    "esxi",
+    "virtualbox",
+    "proxmox",
+    "aws",
+    "azure",
+    "gcp",
+    "openstack",
+    "hyperv",
+    "kubevirt",
+    "vagrant-libvirt",
+    "incus",
+)
 
 DESCRIPTION = """\
-Tell what an importer would refuse in an OVF package, .ova or .ovf: each finding with its rule, the place and the mend.
+Tell what an importer would refuse in an OVF package (.ova or .ovf: esxi, virtualbox, proxmox, aws) or of a disk image:
+each finding with its rule, the place and the mend.
 Exit status 3 if there are findings."""
 
 EXAMPLES = (
     ("diskmorph lint vm.ova --for esxi", "before an upload to VMware"),
+    ("diskmorph lint disk.vhd --for azure", "a bare disk"),
     ("diskmorph lint vm.ovf --for proxmox --json", "for a program"),
 )
 

@@ -6,10 +6,12 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from diskmorph.convert import lint_archive, lint_descriptor
+from diskmorph.convert.lint_disk import DISK_TARGETS, disk_findings
 from diskmorph.convert.lint_facts import gather
 from diskmorph.formats.errors import OptionError
 from diskmorph.formats.limits import Limits
 from diskmorph.formats.policy import Opener, Parents
+from diskmorph.formats.probe import signatures
 
 if TYPE_CHECKING:
     import os
@@ -93,6 +95,14 @@ RULES: tuple[Rule, ...] = (
 )
 
 
+def _is_disk(path: str | os.PathLike[str], target: str, parents: Parents, limits: Limits) -> bool:
+    """Whether a file is a disk image with the mark of one; a target that takes no packages judges all as disks."""
+    if target not in TARGETS:
+        return True
+    with Opener(parents, limits).user_file(path) as source:
+        return any(found.outer and found.format not in {"ova", "ovf", "ami"} for found in signatures(source))
+
+
 def lint(
     path: str | os.PathLike[str],
     target: str,
@@ -100,12 +110,17 @@ def lint(
     parents: Parents | None = None,
     limits: Limits | None = None,
 ) -> LintReport:
-    """Judge a package by what `target` (one of TARGETS) takes. The package is read leniently, never changed.
+    """Judge a package by what `target` (one of TARGETS) takes, or a disk by what one of DISK_TARGETS takes.
+
+    Packages are read leniently, nothing is changed.
 
     Raises OptionError (no such target), SourceError, UnsupportedError (no OVF package).
     """
+    if target in DISK_TARGETS and _is_disk(path, target, parents or Parents(), limits or Limits()):
+        found = [Finding(*words) for words in disk_findings(path, target, parents=parents, limits=limits)]
+        return LintReport(str(path), target, tuple(found))
     if target not in TARGETS:
-        raise OptionError(f"unknown target {target!r} for --for", hint=f"one of {', '.join(TARGETS)}")
+        raise OptionError(f"unknown target {target!r} for --for", hint=f"one of {', '.join(DISK_TARGETS)}")
     limits = limits or Limits()
     facts = gather(path, Opener(parents or Parents(), limits), limits)
     found = [
