@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from diskmorph.formats.ext4 import schema as s
-from diskmorph.formats.ext4.checksum import chain, inode_seeds
+from diskmorph.formats.ext4.checksum import chain, inode_seed
 from diskmorph.formats.tree import Piece
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def _walk_extents(volume: Volume, inode: Inode, node: bytes, above: int, found: 
 def _verify(volume: Volume, inode: Inode, data: bytes, block: int) -> None:
     most = int.from_bytes(data[4:6], "little")
     end = _HEADER + most * s.EXTENT_ROW.itemsize
-    seed = int(inode_seeds(volume.seed, np.array([inode.number]), inode.generation)[0])
+    seed = inode_seed(volume.seed, inode.number, inode.generation)
     if data[end : end + 4] != chain(seed, data[:end]).to_bytes(4, "little"):
         raise volume.error("an extent block is damaged", "extent block", block * volume.block_size, field="checksum")
 

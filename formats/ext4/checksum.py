@@ -32,6 +32,11 @@ def chain_rows(seeds: NDArray[np.uint32] | int, rows: NDArray[Any]) -> NDArray[n
     return crc32c_rows(rows, begun) ^ np.uint32(_ALL)
 
 
+def inode_seed(seed: int, inode: int, generation: int = 0) -> int:
+    """Return what seeds the checksums of one inode and of its directory and extent blocks."""
+    return chain(seed, inode.to_bytes(4, "little") + generation.to_bytes(4, "little"))
+
+
 def inode_seeds(seed: int, inodes: NDArray[Any], generations: NDArray[Any] | int = 0) -> NDArray[np.uint32]:
     """Return what seeds the checksums of inodes and of their directory and extent blocks."""
     both = np.zeros((len(inodes), 2), "<u4")

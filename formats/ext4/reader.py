@@ -6,13 +6,11 @@ import stat
 import struct
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from diskmorph.formats.errors import DiskmorphError, UnsupportedError
 from diskmorph.formats.ext4 import schema as s
 from diskmorph.formats.ext4 import xattrs
 from diskmorph.formats.ext4.blockmap import pieces_of, read_all, runs_of
-from diskmorph.formats.ext4.checksum import chain, inode_seeds
+from diskmorph.formats.ext4.checksum import chain, inode_seed
 from diskmorph.formats.ext4.journal import replayed
 from diskmorph.formats.ext4.volume import Inode, Volume
 from diskmorph.formats.source import BytesSource
@@ -181,7 +179,7 @@ class _Reader:
             return
         volume = self._volume
         size = volume.block_size
-        seed = int(inode_seeds(volume.seed, np.array([folder.number]), folder.generation)[0]) if volume.sums else 0
+        seed = inode_seed(volume.seed, folder.number, folder.generation) if volume.sums else 0
         for run in runs_of(volume, folder):
             count = min(run.length, -(-folder.size // size) - run.block)
             for number in range(run.at, run.at + count):

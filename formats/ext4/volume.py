@@ -65,6 +65,9 @@ class Volume:
         self._require_sane()
         self.groups = -(-(self.blocks - self.super.first_data_block) // self.super.blocks_per_group)
         self._tables = self._read_groups()
+        self._inodes_per_group: int = self.super.inodes_per_group
+        self._inodes: int = self.super.inodes_count
+        self._large_dir = self.has(s.LARGE_DIR)
         self._chunks: OrderedDict[tuple[int, int], tuple[bytes, list[bool]]] = OrderedDict()
 
     def has(self, feature: int) -> bool:
@@ -182,9 +185,9 @@ class Volume:
 
     def inode(self, number: int) -> Inode:
         """Return an inode. Raises FormatError for numbers out of range and for wrong checksums."""
-        per_group = self.super.inodes_per_group
+        per_group = self._inodes_per_group
         group, index = divmod(number - 1, per_group)
-        if not 0 <= group < self.groups or number > self.super.inodes_count:
+        if not 0 <= group < self.groups or number > self._inodes:
             raise self.error(f"inode {number} does not exist", "inode", 0, found=number)
         first = index // _CHUNK * _CHUNK
         data, sound = self._chunk(group, first)
@@ -256,7 +259,7 @@ class Volume:
             extra = int.from_bytes(raw[136:140], "little")
             mtime += (extra & 3) << 32
             nanoseconds = extra >> 2
-        regular = mode & 0o170000 != 0o040000 or self.has(s.LARGE_DIR)
+        regular = mode & 0o170000 != 0o040000 or self._large_dir
         return Inode(
             number,
             mode,
