@@ -65,7 +65,9 @@ def bootable(path: Path, kind: str) -> Path:
         (path.parent / "script").write_text(script)
         run("sh", "-c", f"sfdisk -q -X gpt {path} < {path.parent / 'script'}")
         machine, name = (0xAA64, "BOOTAA64.EFI") if kind == "arm64" else (0x8664, "BOOTX64.EFI")
-        program = (b"MZ".ljust(60, b"\0") + struct.pack("<I", 64)).ljust(64, b"\0") + b"PE\0\0" + struct.pack("<H", machine)
+        program = (
+            (b"MZ".ljust(60, b"\0") + struct.pack("<I", 64)).ljust(64, b"\0") + b"PE\0\0" + struct.pack("<H", machine)
+        )
         (path.parent / name).write_bytes(program + bytes(600))
         esp = path.parent / "esp.img"
         esp.unlink(missing_ok=True)

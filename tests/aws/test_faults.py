@@ -22,7 +22,13 @@ PUT = "ebs:PutSnapshotBlock"
         [("slow", PUT, 0.3)],
         [("bad-answer", PUT, 0.1), ("refuse-checksum", PUT, 0.1)],
         [("throttle", "ec2:*", 0.2), ("500", "ec2:*", 0.1), ("reset", "ec2:Describe*", 0.2)],
-        [("throttle", "*", 0.05), ("500", "*", 0.05), ("reset", "ebs:*", 0.03), ("lost", PUT, 0.03), ("bad-answer", PUT, 0.02)],
+        [
+            ("throttle", "*", 0.05),
+            ("500", "*", 0.05),
+            ("reset", "ebs:*", 0.03),
+            ("lost", PUT, 0.03),
+            ("bad-answer", PUT, 0.02),
+        ],
     ],
     ids=lambda rules: "+".join(rule[0] for rule in rules),
 )
@@ -68,7 +74,9 @@ def test_a_lost_answer_of_register_finds_its_image(fake: Fake, tmp_path: Path) -
     assert list(fake.account.images) == [answer["image_id"]]
 
 
-@pytest.mark.parametrize("action", ["ebs:StartSnapshot", PUT, "ebs:CompleteSnapshot", "ec2:DescribeSnapshots", "ec2:CreateTags"])
+@pytest.mark.parametrize(
+    "action", ["ebs:StartSnapshot", PUT, "ebs:CompleteSnapshot", "ec2:DescribeSnapshots", "ec2:CreateTags"]
+)
 def test_denied(action: str, fake: Fake, tmp_path: Path) -> None:
     raw = disk_file(tmp_path / "d.raw", list(range(100)))
     fake.faults.add("deny", action)
@@ -103,19 +111,19 @@ def test_quota_is_not_repeated(fake: Fake, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["throttle", "500", "reset", "bad-answer"])
 def test_download_survives(kind: str, fake: Fake, tmp_path: Path) -> None:
     raw = disk_file(tmp_path / "d.raw", list(range(0, 60, 2)), length=1 << 30)
-    id = fake.account.seed({i: raw.read_bytes()[i << 19 : (i + 1) << 19] for i in range(0, 60, 2)})
+    name = fake.account.seed({i: raw.read_bytes()[i << 19 : (i + 1) << 19] for i in range(0, 60, 2)})
     fake.faults.add(kind, "ebs:GetSnapshotBlock" if kind == "bad-answer" else "ebs:*", chance=0.15)
-    dm("aws", "download", id, tmp_path / "out.qcow2").ok()
+    dm("aws", "download", name, tmp_path / "out.qcow2").ok()
     run("qemu-img", "compare", "-f", "raw", "-F", "qcow2", raw, tmp_path / "out.qcow2")
     assert fake.faults.struck[kind]
 
 
 def test_download_renews_tokens(fake: Fake, tmp_path: Path) -> None:
     blocks = {i: bytes([i % 255 + 1]) * 524288 for i in range(150)}
-    id = fake.account.seed(blocks)
+    name = fake.account.seed(blocks)
     fake.account.token_seconds, fake.account.page = 1.0, 100
     fake.faults.add("slow", "ebs:GetSnapshotBlock", seconds=0.4)
-    dm("aws", "download", id, tmp_path / "out.raw").ok()
+    dm("aws", "download", name, tmp_path / "out.raw").ok()
     got = (tmp_path / "out.raw").read_bytes()
     assert all(got[i << 19 : (i + 1) << 19] == data for i, data in blocks.items())
     assert ("ebs:GetSnapshotBlock", 400) in fake.calls, "no token expired"

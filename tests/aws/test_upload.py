@@ -18,7 +18,10 @@ SCATTERED = [0, 1, 5, 9, 30, 31, 32, 77, 80]
 @pytest.mark.parametrize("form", ["raw", "qcow2", "vmdk", "vhdx", "vdi", "vpc", "stream", "deflate"])
 def test_any_format(form: str, fake: Fake, tmp_path: Path) -> None:
     raw = disk_file(tmp_path / "d.raw", SCATTERED)
-    words = {"stream": ["-O", "vmdk", "-o", "subformat=streamOptimized"], "deflate": ["-O", "qcow2", "-c", "-o", "cluster_size=2M"]}
+    words = {
+        "stream": ["-O", "vmdk", "-o", "subformat=streamOptimized"],
+        "deflate": ["-O", "qcow2", "-c", "-o", "cluster_size=2M"],
+    }
     source = tmp_path / f"d.{form}"
     if form != "raw":
         run("qemu-img", "convert", "-f", "raw", *words.get(form, ["-O", form]), raw, source)
@@ -101,7 +104,7 @@ def test_resume_after_kills_at_random_points(fake: Fake, spawn, tmp_path: Path) 
     ids, marks = set(), sorted(chance.sample(range(5, 50), 3))
     for mark in marks:
         child = spawn("upload", raw, "--workers", 4)
-        wait(lambda mark=mark: child.poll() is not None or len(blocks(fake)) >= mark)
+        wait(lambda mark=mark, child=child: child.poll() is not None or len(blocks(fake)) >= mark)
         child.kill()
         child.communicate()
         ids |= set(fake.account.snapshots)

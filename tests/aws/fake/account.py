@@ -42,7 +42,7 @@ class Snapshot:
     state: str = "pending"
     encrypted: bool = False
     key: str | None = None
-    below: "Snapshot | None" = None
+    below: Snapshot | None = None
     tags: dict[str, str] = field(default_factory=dict)
     own: dict[int, bytes] = field(default_factory=dict)
     gone: set[int] = field(default_factory=set)
@@ -205,13 +205,17 @@ class Account:
             raise invalid("the token has expired or is another one's", reason)
         return found
 
-    def listing(self, rows: list[dict[str, Any]], query: dict[str, str], scope: str, key: str, gib: int) -> dict[str, Any]:
+    def listing(
+        self, rows: list[dict[str, Any]], query: dict[str, str], scope: str, key: str, gib: int
+    ) -> dict[str, Any]:
         """One page. As AWS may, the first page can be empty and still have a token."""
         first = int(query.get("startingBlockIndex", 0))
         if "pageToken" in query:
             first = self.require_token(query["pageToken"], "INVALID_PAGE_TOKEN", "page", scope)[2]
         rest = [row for row in rows if row["BlockIndex"] >= first]
-        most = 0 if "pageToken" not in query and self.page < 1000 else min(self.page, int(query.get("maxResults", 10000)))
+        most = (
+            0 if "pageToken" not in query and self.page < 1000 else min(self.page, int(query.get("maxResults", 10000)))
+        )
         shown = rest[:most]
         answer = {key: shown, "VolumeSize": gib, "BlockSize": BLOCK, "ExpiryTime": time.time() + self.token_seconds}
         if len(shown) < len(rest):

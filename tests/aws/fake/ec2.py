@@ -96,15 +96,15 @@ class Ec2:
 
     # --- snapshots
 
-    def snapshot(self, id: str, region: str) -> Snapshot:
+    def snapshot(self, ident: str, region: str) -> Snapshot:
         try:
-            return self.account.find(id, region)
+            return self.account.find(ident, region)
         except No:
-            raise No(400, "InvalidSnapshot.NotFound", f"The snapshot '{id}' does not exist.") from None
+            raise No(400, "InvalidSnapshot.NotFound", f"The snapshot '{ident}' does not exist.") from None
 
     def do_DescribeSnapshots(self, region: str, asked: dict[str, Any]) -> Any:
         ids = asked.get("SnapshotId")
-        rows = [self.snapshot(id, region) for id in ids] if ids else list(self.account.snapshots.values())
+        rows = [self.snapshot(ident, region) for ident in ids] if ids else list(self.account.snapshots.values())
         shown = []
         for one in rows:
             if one.region != region:
@@ -119,20 +119,20 @@ class Ec2:
         return {"snapshotSet": shown}
 
     def do_DeleteSnapshot(self, region: str, asked: dict[str, Any]) -> Any:
-        id = self.snapshot(asked["SnapshotId"], region).id
-        user = next((image["imageId"] for image in self.account.images.values() if id in image["_snapshots"]), None)
+        ident = self.snapshot(asked["SnapshotId"], region).id
+        user = next((image["imageId"] for image in self.account.images.values() if ident in image["_snapshots"]), None)
         if user:
-            raise No(400, "InvalidSnapshot.InUse", f"The snapshot {id} is currently in use by {user}")
-        del self.account.snapshots[id]
+            raise No(400, "InvalidSnapshot.InUse", f"The snapshot {ident} is currently in use by {user}")
+        del self.account.snapshots[ident]
         return {"return": True}
 
     # --- images
 
-    def image(self, id: str, region: str) -> dict[str, Any]:
-        found = self.account.images.get(id)
+    def image(self, ident: str, region: str) -> dict[str, Any]:
+        found = self.account.images.get(ident)
         if found is None or found["_region"] != region:
-            raise No(400, "InvalidAMIID.NotFound", f"The image id '[{id}]' does not exist")
-        if found["imageState"] == "pending" and self.account.ready(id):
+            raise No(400, "InvalidAMIID.NotFound", f"The image id '[{ident}]' does not exist")
+        if found["imageState"] == "pending" and self.account.ready(ident):
             found["imageState"] = "available"
         return found
 
@@ -142,7 +142,9 @@ class Ec2:
             raise No(400, "InvalidAMIName.Malformed", "AMI names have 3 to 128 characters of a certain kind")
         for image in self.account.images.values():
             if image["name"] == name and image["_region"] == region:
-                raise No(400, "InvalidAMIName.Duplicate", f"AMI name {name} is already in use by AMI {image['imageId']}")
+                raise No(
+                    400, "InvalidAMIName.Duplicate", f"AMI name {name} is already in use by AMI {image['imageId']}"
+                )
         hvm = asked.get("VirtualizationType", "paravirtual") == "hvm"
         boot, architecture = asked.get("BootMode"), asked.get("Architecture", "i386")
         if not hvm and (architecture == "arm64" or boot or asked.get("EnaSupport") == "true"):
@@ -174,7 +176,11 @@ class Ec2:
         return {"imageId": made["imageId"]}
 
     def do_DescribeImages(self, region: str, asked: dict[str, Any]) -> Any:
-        rows = [self.image(id, region) for id in asked["ImageId"]] if "ImageId" in asked else list(self.account.images.values())
+        rows = (
+            [self.image(ident, region) for ident in asked["ImageId"]]
+            if "ImageId" in asked
+            else list(self.account.images.values())
+        )
         shown = []
         for one in rows:
             if one["_region"] == region and self.passes(asked, {"name": one["name"]}, one["_tags"]):
@@ -223,8 +229,8 @@ class Ec2:
 
     def do_CreateTags(self, region: str, asked: dict[str, Any]) -> Any:
         more = {tag["Key"]: tag.get("Value", "") for tag in asked["Tag"]}
-        for id in asked["ResourceId"]:
-            tags = self.image(id, region)["_tags"] if id.startswith("ami-") else self.snapshot(id, region).tags
+        for ident in asked["ResourceId"]:
+            tags = self.image(ident, region)["_tags"] if ident.startswith("ami-") else self.snapshot(ident, region).tags
             tags.update(more)
         return {"return": True}
 
@@ -253,7 +259,9 @@ class Ec2:
             for one in containers:
                 if one["Format"].lower() not in formats:
                     raise No(400, "InvalidParameter", f"Unsupported disk image format {one['Format']}")
-                objects.append((one["Format"].lower(), self.fetch(one["UserBucket"]["S3Bucket"], one["UserBucket"]["S3Key"])))
+                objects.append(
+                    (one["Format"].lower(), self.fetch(one["UserBucket"]["S3Bucket"], one["UserBucket"]["S3Key"]))
+                )
             made["_objects"] = objects
             self.account.tasks[made["importTaskId"]] = made
             return {"importTaskId": made["importTaskId"]}
@@ -275,7 +283,9 @@ class Ec2:
             ids.append(self.account.seed(kept, gib=max(1, -(-len(raw) >> 30)), region=task["_region"]))
         task["_snapshots"] = ids
         if task["_kind"] == "import-ami":
-            maps = [{"DeviceName": f"/dev/sd{chr(97 + n)}1", "Ebs": {"SnapshotId": id}} for n, id in enumerate(ids)]
+            maps = [
+                {"DeviceName": f"/dev/sd{chr(97 + n)}1", "Ebs": {"SnapshotId": ident}} for n, ident in enumerate(ids)
+            ]
             asked = {"Name": task["importTaskId"], "VirtualizationType": "hvm", "RootDeviceName": "/dev/sda1", "BlockDeviceMapping": maps,
                      "Architecture": task["_asked"].get("Architecture", "x86_64"), "BootMode": task["_asked"].get("BootMode")}  # fmt: skip
             task["imageId"] = self.do_RegisterImage(task["_region"], asked)["imageId"]
@@ -300,7 +310,7 @@ class Ec2:
         return {"importImageTaskSet": [
             {"importTaskId": task["importTaskId"], "tagSet": tag_set(task["_tags"]), "status": task["status"],
              "statusMessage": task.get("statusMessage"), "progress": "40", "imageId": task.get("imageId"),
-             "snapshotDetailSet": [{"snapshotId": id} for id in task.get("_snapshots", [])]}
+             "snapshotDetailSet": [{"snapshotId": ident} for ident in task.get("_snapshots", [])]}
             for task in self.shown(region, asked, "import-ami")]}  # fmt: skip
 
     def do_CancelImportTask(self, region: str, asked: dict[str, Any]) -> Any:
@@ -316,10 +326,14 @@ def unpacked(form: str, data: bytes) -> list[bytes]:
     with tempfile.TemporaryDirectory() as folder:
         if form == "ova":
             subprocess.run(["bsdtar", "-x", "-C", folder, "-f", "-"], input=data, check=True)
-            return [disk for path in sorted(Path(folder).glob("*.vmdk")) for disk in unpacked("vmdk", path.read_bytes())]
+            return [
+                disk for path in sorted(Path(folder).glob("*.vmdk")) for disk in unpacked("vmdk", path.read_bytes())
+            ]
         if form == "raw":
             return [data]
         source, raw = Path(folder, "disk"), Path(folder, "raw")
         source.write_bytes(data)
-        subprocess.run(["qemu-img", "convert", "-f", {"vhd": "vpc"}.get(form, form), "-O", "raw", source, raw], check=True)
+        subprocess.run(
+            ["qemu-img", "convert", "-f", {"vhd": "vpc"}.get(form, form), "-O", "raw", source, raw], check=True
+        )
         return [raw.read_bytes()]

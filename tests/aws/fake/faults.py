@@ -8,7 +8,20 @@ from collections import Counter
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-KINDS = ("throttle", "500", "503", "reset", "lost", "slow", "bad-answer", "refuse-checksum", "expired", "deny", "hang", "quota")
+KINDS = (
+    "throttle",
+    "500",
+    "503",
+    "reset",
+    "lost",
+    "slow",
+    "bad-answer",
+    "refuse-checksum",
+    "expired",
+    "deny",
+    "hang",
+    "quota",
+)
 """`reset` drops the call unheard, `lost` carries it out and drops the answer; `bad-answer` spoils a checksum in it."""
 
 
@@ -29,7 +42,7 @@ class Rule:
             raise ValueError(f"no fault {self.kind!r}; there are {', '.join(KINDS)}")
 
     @classmethod
-    def parse(cls, text: str) -> "Rule":
+    def parse(cls, text: str) -> Rule:
         """`throttle:ebs:*:0.1` is KIND:SERVICE:ACTION[:CHANCE]."""
         kind, service, action, *chance = text.split(":")
         return cls(kind, f"{service}:{action}", float(chance[0]) if chance else 1.0)

@@ -15,6 +15,7 @@ import socket
 import struct
 import threading
 import time
+from functools import partial
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -37,7 +38,12 @@ _REFUSALS = {
     "503": No(503, "ServiceUnavailable", "Try again"),
     "refuse-checksum": No(400, "ValidationException", "Checksum does not match the data", "INVALID_PARAMETER_VALUE"),
     "expired": No(400, "ExpiredTokenException", "The security token included in the request is expired"),
-    "quota": No(402, "ServiceQuotaExceededException", "Your service quotas do not allow this", "DEPENDENCY_SERVICE_QUOTA_EXCEEDED"),
+    "quota": No(
+        402,
+        "ServiceQuotaExceededException",
+        "Your service quotas do not allow this",
+        "DEPENDENCY_SERVICE_QUOTA_EXCEEDED",
+    ),
 }
 
 
@@ -52,7 +58,10 @@ class Fake:
         self.account = Account()
         self.faults = Faults(seed)
         self.calls: list[tuple[str, int]] = []
-        self.quotas: dict[str, float] = {"PutSnapshotBlock requests per account": 1000, "GetSnapshotBlock requests per account": 1000}
+        self.quotas: dict[str, float] = {
+            "PutSnapshotBlock requests per account": 1000,
+            "GetSnapshotBlock requests per account": 1000,
+        }
         self._moto: dict[str, Any] = {}
         self._moto_lock = threading.Lock()
         self.ec2 = Ec2(self.account, self.fetch, self.role_trusts)
@@ -117,7 +126,10 @@ class Fake:
             raise Drop
         if rule is not None and rule.kind == "bad-answer":
             head = [(k, base64.b64encode(bytes(32)).decode() if k == "x-amz-Checksum" else v) for k, v in head]
-        start(f"{status} X", [*head, ("Content-Length", str(len(answer)))] if service not in {"s3", "iam", "sts"} or rule else head)
+        start(
+            f"{status} X",
+            [*head, ("Content-Length", str(len(answer)))] if service not in {"s3", "iam", "sts"} or rule else head,
+        )
         return [answer]
 
     def before(self, rule: Rule | None, action: str) -> None:
@@ -141,7 +153,9 @@ class Fake:
     @staticmethod
     def refusal(service: str, no: No) -> tuple[list[tuple[str, str]], bytes]:
         if service in {"ebs", "servicequotas"}:
-            text = {"message": no.message, "Message": no.message, "__type": no.code} | ({"Reason": no.reason} if no.reason else {})
+            text = {"message": no.message, "Message": no.message, "__type": no.code} | (
+                {"Reason": no.reason} if no.reason else {}
+            )
             return [("Content-Type", "application/json"), ("x-amzn-ErrorType", no.code)], json.dumps(text).encode()
         error = xml({"Code": no.code, "Message": no.message})
         wrapped = {"ec2": f"<Response><Errors><Error>{error}</Error></Errors><RequestID>1</RequestID></Response>"}
@@ -149,17 +163,23 @@ class Fake:
 
     def route(self, environ: dict[str, Any], service: str, region: str, body: bytes) -> tuple[str, Any]:
         method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
-        query = {key: values[0] for key, values in parse_qs(environ.get("QUERY_STRING", ""), keep_blank_values=True).items()}
+        query = {
+            key: values[0] for key, values in parse_qs(environ.get("QUERY_STRING", ""), keep_blank_values=True).items()
+        }
         if service == "ebs":
             for verb, pattern, action in _ROUTES:
                 if verb == method and (found := pattern.fullmatch(path)):
                     head = {k[5:].lower().replace("_", "-"): v for k, v in environ.items() if k.startswith("HTTP_")}
-                    return f"ebs:{action}", lambda: self.ebs(action, region, found.groupdict(), head, query, body)
+                    return f"ebs:{action}", partial(self.ebs, action, region, found.groupdict(), head, query, body)
         if service == "ec2":
             form = {key: values[0] for key, values in parse_qs(body.decode(), keep_blank_values=True).items()}
             action = form.pop("Action", "")
             form.pop("Version", None)
-            return f"ec2:{action}", lambda: (200, [("Content-Type", "text/xml")], self.ec2.call(action, region, form).encode())
+            return f"ec2:{action}", lambda: (
+                200,
+                [("Content-Type", "text/xml")],
+                self.ec2.call(action, region, form).encode(),
+            )
         if service == "servicequotas":
             return "servicequotas:ListServiceQuotas", self.list_quotas
         if service in {"s3", "iam", "sts"}:
@@ -171,37 +191,46 @@ class Fake:
         if service != "s3":
             return f"{service}:{parse_qs(body.decode()).get('Action', ['?'])[0]}"
         if "uploadId" in query:
-            return {"PUT": "s3:UploadPart", "POST": "s3:CompleteMultipartUpload", "DELETE": "s3:AbortMultipartUpload"}[method]
+            return {"PUT": "s3:UploadPart", "POST": "s3:CompleteMultipartUpload", "DELETE": "s3:AbortMultipartUpload"}[
+                method
+            ]
         return "s3:CreateMultipartUpload" if "uploads" in query and method == "POST" else f"s3:{method.title()}"
 
     def moto(self, environ: dict[str, Any], service: str, body: bytes) -> Any:
         seen: list[Any] = []
         environ["wsgi.input"] = io.BytesIO(body)
-        answer = b"".join(self.backend(service)(environ, lambda status, head, _=None: seen.extend((int(status.split()[0]), head))))
+        answer = b"".join(
+            self.backend(service)(environ, lambda status, head, _=None: seen.extend((int(status.split()[0]), head)))
+        )
         return seen[0], seen[1], answer
 
     def list_quotas(self) -> Any:
         rows = [{"QuotaName": name, "Value": value, "ServiceCode": "ebs"} for name, value in self.quotas.items()]
         return 200, [("Content-Type", "application/json")], json.dumps({"Quotas": rows}).encode()
 
-    def ebs(self, action: str, region: str, where: dict[str, str], head: dict[str, str], query: dict[str, str], body: bytes) -> Any:
-        account, id = self.account, where.get("id", "")
+    def ebs(
+        self, action: str, region: str, where: dict[str, str], head: dict[str, str], query: dict[str, str], body: bytes
+    ) -> Any:
+        account, ident = self.account, where.get("id", "")
         with account.lock:
             if action == "StartSnapshot":
                 asked = json.loads(body)
                 token = asked.pop("ClientToken", None)
                 answer, status = account.once(token, asked, lambda: account.start(region, asked), "start", region), 201
             elif action == "PutSnapshotBlock":
-                checksum = account.put(region, id, int(where["index"]), body, head)
+                checksum = account.put(region, ident, int(where["index"]), body, head)
                 return 201, [("x-amz-Checksum", checksum), ("x-amz-Checksum-Algorithm", "SHA256")], b"{}"
             elif action == "CompleteSnapshot":
-                answer, status = account.complete(region, id, head), 202
+                answer, status = account.complete(region, ident, head), 202
             elif action == "GetSnapshotBlock":
-                data = account.block(region, id, int(where["index"]), query)
+                data = account.block(region, ident, int(where["index"]), query)
                 checksum = base64.b64encode(hashlib.sha256(data).digest()).decode()
                 return 200, [("x-amz-Checksum", checksum), ("x-amz-Data-Length", str(len(data)))], data
             else:
-                answer, status = (account.blocks if action == "ListSnapshotBlocks" else account.changes)(region, id, query), 200
+                answer, status = (
+                    (account.blocks if action == "ListSnapshotBlocks" else account.changes)(region, ident, query),
+                    200,
+                )
         return status, [("Content-Type", "application/json")], json.dumps(answer).encode()
 
 
