@@ -69,10 +69,15 @@ def grub_config(uuid: str, entries: Sequence[Entry]) -> str:
         f"search.fs_uuid {uuid} root",
     ]
     for entry in entries:
-        lines += [f"menuentry '{entry.title}' {{", f"\tlinux {entry.kernel} {entry.cmdline}"]
-        lines += [f"\tinitrd {entry.initrd}"] if entry.initrd else []
+        lines += [f"menuentry '{entry.title}' {{", f"\tlinux {_plain(entry.kernel)} {_plain(entry.cmdline)}"]
+        lines += [f"\tinitrd {_plain(entry.initrd)}"] if entry.initrd else []
         lines += ["}"]
     return "\n".join(lines) + "\n"
+
+
+def _plain(words: str) -> str:
+    """Return words that GRUB's shell takes as they are; quotes stay, they hold a kernel parameter together."""
+    return re.sub(r"[\\$;|&<>]", r"\\\g<0>", words)
 
 
 def bios_parts(shelf: Shelf, uuid: str, partition: int) -> tuple[bytes, bytes]:
