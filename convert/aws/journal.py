@@ -81,6 +81,7 @@ class Journal:
 
     def _load(self) -> None:
         good = 0
+        os.lseek(self._fd, 0, os.SEEK_SET)
         with open(self._fd, "rb", closefd=False) as file:
             for line in file:
                 if not line.endswith(b"\n") or not self._take(line):

@@ -64,8 +64,8 @@ def test_options_of_an_image(fake: Fake, tmp_path: Path) -> None:
     words += ["--deprecate-at", "2061-05-01"]
     answer = dm("aws", "publish", raw, "--name", "all of it", *words, "--json").ok().json
     assert set(answer["images"]) == {"us-east-1", "eu-west-1"} and answer["shared"] == ["111122223333", "all"]
-    for region, id in answer["images"].items():
-        image = fake.account.images[id]
+    for region, name in answer["images"].items():
+        image = fake.account.images[name]
         assert image["_region"] == region and image["_tags"]["team"] == "a" and image["imageState"] == "available"
         assert image["_launch"] == [{"UserId": "111122223333"}, {"Group": "all"}]
         assert image["deprecationTime"].startswith("2061-05-01")
@@ -123,13 +123,13 @@ def test_architecture_from_a_kernel(tmp_path: Path) -> None:
 def test_register_reads_little(fake: Fake, tmp_path: Path) -> None:
     raw = bootable(tmp_path / "d.raw", "hybrid").read_bytes()
     parts = {i: raw[i * BLOCK : (i + 1) * BLOCK] for i in range(len(raw) // BLOCK)}
-    id = fake.account.seed({i: part for i, part in parts.items() if any(part)})
-    answer = dm("aws", "register", id, "--name", "again", "--json").ok().json
+    source = fake.account.seed({i: part for i, part in parts.items() if any(part)})
+    answer = dm("aws", "register", source, "--name", "again", "--json").ok().json
     assert (answer["boot_mode"], answer["architecture"]) == ("uefi-preferred", "x86_64")
     assert len([call for call in fake.calls if call[0] == "ebs:GetSnapshotBlock"]) < 30
     fake.faults.add("500", "ec2:CreateTags")
-    assert dm("aws", "register", id, "--name", "another").status == 1
-    assert id in fake.account.snapshots and len(fake.account.images) == 1
+    assert dm("aws", "register", source, "--name", "another").status == 1
+    assert source in fake.account.snapshots and len(fake.account.images) == 1
 
 
 def bucket() -> str:
