@@ -111,7 +111,9 @@ def _program(job: _Job) -> Program | None:
 
 def _tell_missing(job: _Job, kernel: BootKernel, picked: Picked | None) -> None:
     if picked is None:
-        job.notes.append(f"no modules for the kernel {kernel.version}: its built-in drivers alone can find the disk")
+        job.notes.append(
+            f"no modules for the kernel {kernel.version}: what is built in must find the disk, or --modules helps"
+        )
         return
     have = {module.name for module in picked.modules} | picked.built_in
     target = job.options.convert.profile or ""

@@ -95,6 +95,8 @@ def _given_modules(tree: Tree, path: Path, version: str) -> ModuleFolder:
             root, name = parent.children[version.encode()], version
             break
     found = ModuleFolder(root, name)
+    if found.empty:
+        raise OptionError(f"--modules {path} has no kernel modules", hint="a directory such as lib/modules/VERSION has")
     if version and found.version != version and not _is_for(found, version):
         raise OptionError(f"the modules in {path} are not those of the kernel", expected=version, found=found.version)
     return ModuleFolder(root, version or name)

@@ -87,6 +87,11 @@ class ModuleFolder:
         self._listed = dict(_dependencies(root))
         self._loaded: dict[str, Module] = {}
 
+    @property
+    def empty(self) -> bool:
+        """Whether there is no module."""
+        return not self._files
+
     def pick(self, names: Iterable[str]) -> Picked:
         """Return the modules of these names, as far as present, with all that they need."""
         picked = Picked(built_in=self.built_in)

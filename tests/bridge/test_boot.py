@@ -17,6 +17,7 @@ from treekit import tar_entry, tar_file
 from diskmorph.convert.bridge import BuildOptions, build, container, grub, launcher, software, system, uki
 from diskmorph.convert.bridge.initramfs import find_busybox, gzipped, is_static, make_initramfs
 from diskmorph.convert.bridge.injected import Injector
+from diskmorph.convert.bridge.kernels import _given_modules
 from diskmorph.convert.bridge.modules import ModuleFolder, dependency_lists
 from diskmorph.convert.bridge.shelf import Shelf, given_file
 from diskmorph.convert.options import ConvertOptions
@@ -417,3 +418,13 @@ class TestWhatIsMissing:
                 tmp_path / "d.raw",
                 options=replace(self.options, kernel=tmp_path / "vmlinuz"),
             )
+
+    def test_modules(self, tmp_path: Path) -> None:
+        for folder, problem in ((tmp_path / "none", "no directory"), (tmp_path, "no kernel modules")):
+            with pytest.raises(OptionError, match=problem):
+                _given_modules(Tree(), folder, "6.1.0")
+        (tmp_path / "virtio_blk.ko").write_bytes(module(vermagic="5.4 SMP"))
+        with pytest.raises(OptionError, match="not those of the kernel"):
+            _given_modules(Tree(), tmp_path, "6.1.0")
+        (tmp_path / "virtio_blk.ko").write_bytes(module(vermagic="6.1.0 SMP"))
+        assert _given_modules(Tree(), tmp_path, "6.1.0").version == "6.1.0"
