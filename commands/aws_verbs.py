@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from diskmorph.commands import aws_words as words
 from diskmorph.commands.progress import progress
-from diskmorph.commands.text import size_text
 
 if TYPE_CHECKING:
     import argparse
@@ -214,6 +213,3 @@ def _tell_retries(session: Session, out: Output) -> None:
     if session.retries:
         said: dict[str, Any] = dict(session.retries)
         out.detail("calls repeated: " + ", ".join(f"{count} {sort}" for sort, count in sorted(said.items())))
-
-
-__all__ = ["size_text"]

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from diskmorph.commands.common import add_parents, parents_of, size_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from diskmorph.commands.output import Output
     from diskmorph.convert.aws.publish import JobOptions
     from diskmorph.convert.aws.register import ImageOptions
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from diskmorph.convert.aws.sources import SourceOptions
     from diskmorph.convert.aws.upload import UploadOptions
     from diskmorph.convert.bridge.options import BuildOptions
+    from diskmorph.convert.options import Progress
 
 _NOTHING = argparse.SUPPRESS
 
@@ -216,9 +219,13 @@ def image_options(args: argparse.Namespace) -> ImageOptions:
     )
 
 
-def job_options(args: argparse.Namespace, out: Output, tell: object) -> JobOptions:
+def job_options(args: argparse.Namespace, out: Output, tell: Callable[[Progress], None]) -> JobOptions:
     """Return what every job takes; `tell` takes its progress."""
     from diskmorph.convert.aws.job import parse_tags
     from diskmorph.convert.aws.publish import JobOptions
 
-    return JobOptions(parse_tags(args.tag), args.keep_on_failure, out.note, tell)  # type: ignore[arg-type]
+    def say(text: str) -> None:
+        """Tell of what was removed or kept, which even `--json` and `-q` do not silence."""
+        out.stderr.write(f"diskmorph: {text}\n")
+
+    return JobOptions(parse_tags(args.tag), args.keep_on_failure, out.note, tell, say)

@@ -36,7 +36,7 @@ def parse_tags(words: Sequence[str]) -> dict[str, str]:
 class Job:
     """A job in `with`: what it made is undone when it fails, unless `keep`, and named either way.
 
-    The name of what was undone goes into the error's own line, or, when interrupted, to `note`.
+    The name of what was undone goes into the error's own line, or, when interrupted, to `say`.
     """
 
     def __init__(
@@ -47,11 +47,13 @@ class Job:
         tags: Mapping[str, str] | None = None,
         keep: bool = False,
         note: Callable[[str], None] | None = None,
+        say: Callable[[str], None] | None = None,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> None:
         self.session = session
         self.keep = keep
         self.note = note or (lambda _: None)
+        self._say = say or self.note
         self.on_progress = on_progress or (lambda _: None)
         self.user_tags = dict(tags or {})
         self.journal = Journal(key)
@@ -96,4 +98,4 @@ class Job:
         if isinstance(error, DiskmorphError):
             error.hint = f"{error.hint}; {said}" if error.hint else said
         else:
-            self.note(said)
+            self._say(said)

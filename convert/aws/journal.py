@@ -26,13 +26,12 @@ from diskmorph.convert.aws.blocks import HASH
 from diskmorph.formats.errors import TargetError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from numpy.typing import NDArray
 
 VERSION = 1
 _KEPT_MAPS = 64
 _SYNC_SECONDS = 5.0
+_KEPT_SECONDS = 14 * 86400.0
 
 
 def state_folder() -> Path:
@@ -67,6 +66,7 @@ class Journal:
         folder = state_folder()
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            _forget_old(folder)
             for name in (f"{self.key}.jsonl", f"{self.key}-{secrets.token_hex(4)}.jsonl"):
                 fd = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
                 with contextlib.suppress(BlockingIOError):
@@ -168,6 +168,14 @@ class Journal:
         self.close()
 
 
+def _forget_old(folder: Path) -> None:
+    """Remove journals that nothing was added to for long: their snapshots wait no longer."""
+    for path in folder.glob("*.jsonl"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > _KEPT_SECONDS:
+                path.unlink()
+
+
 def _sorted(indexes: NDArray[np.uint32], digests: NDArray[np.uint8]) -> NDArray[np.void]:
     """Return HASH rows by ascending index, the last one where an index came twice."""
     last, order = np.unique(indexes[::-1], return_index=True)
@@ -205,15 +213,3 @@ def load_map(region: str, snapshot: str) -> NDArray[np.void] | None:
 def merged(below: NDArray[np.void], own: NDArray[np.void]) -> NDArray[np.void]:
     """Return the map of a snapshot from its parent's and its own blocks."""
     return _sorted(np.concatenate([below["index"], own["index"]]), np.concatenate([below["sha256"], own["sha256"]]))
-
-
-def journals() -> Iterator[dict[str, Any]]:
-    """Yield the first line of each journal that lies here: jobs that did not come to an end."""
-    for path in sorted(state_folder().glob("*.jsonl")):
-        try:
-            with path.open("rb") as file:
-                row = json.loads(file.readline())
-        except (OSError, ValueError):
-            continue
-        if isinstance(row, dict):
-            yield row

@@ -36,16 +36,28 @@ _MOST_COPIES = 16
 
 @dataclass(frozen=True, slots=True)
 class JobOptions:
-    """What every job takes: tags for all that it makes, whether that is kept on failure, and whom to tell what."""
+    """What every job takes: tags for all that it makes, whether that is kept on failure, and whom to tell what.
+
+    `note` takes notes; `say` what must be told although the job was interrupted.
+    """
 
     tags: Mapping[str, str]
     keep: bool = False
     note: Callable[[str], None] | None = None
     on_progress: Callable[[Progress], None] | None = None
+    say: Callable[[str], None] | None = None
 
     def job(self, session: Session, key: Any) -> Job:
         """Return a new job, or the one that an earlier run of the same command began."""
-        return Job(session, key, tags=self.tags, keep=self.keep, note=self.note, on_progress=self.on_progress)
+        return Job(
+            session,
+            key,
+            tags=self.tags,
+            keep=self.keep,
+            note=self.note,
+            say=self.say,
+            on_progress=self.on_progress,
+        )
 
 
 def upload_disk(

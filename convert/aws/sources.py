@@ -145,7 +145,7 @@ def _source_identity(source: ByteSource) -> str:
         return f"window {source._offset} {source.size} {_source_identity(source._source)}"  # noqa: SLF001 - a view of it
     if isinstance(source, BytesSource) and source.size <= _SMALL:
         return f"bytes {hashlib.sha256(source.read(0, source.size)).hexdigest()}"
-    mark = getattr(source, "_etag", None) or getattr(source, "mark", None)
+    mark = getattr(source, "_etag", None) or getattr(source, "_mark", None)
     if mark:
         return f"url {source.name} {source.size} {mark}"
     return f"unknown {secrets.token_hex(16)}"

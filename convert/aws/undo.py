@@ -6,7 +6,7 @@ import contextlib
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from diskmorph.convert.aws.faults import REFUSED, AwsError
+from diskmorph.convert.aws.faults import AwsError
 from diskmorph.convert.aws.session import SHORT
 
 if TYPE_CHECKING:
@@ -220,4 +220,4 @@ class Undo:
         return f"kept {', '.join(kept)}" if kept else ""
 
 
-__all__ = ["FINISHED", "IMAGE", "JOB", "OBJECT", "REFUSED", "SNAPSHOT", "STATE", "TASK", "UPLOAD", "WORKING", "Undo"]
+__all__ = ["FINISHED", "IMAGE", "JOB", "OBJECT", "SNAPSHOT", "STATE", "TASK", "UPLOAD", "WORKING", "Undo"]

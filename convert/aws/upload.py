@@ -139,8 +139,8 @@ def upload(job: Job, source: Source, options: UploadOptions) -> Uploaded:
     source.disk.verify_unchanged()
     counts = ledger.counts
     if not started.complete:
+        job.journal.note(completing=True)
         _complete(session, started, counts.sent + counts.resumed, ledger.aggregate())
-        job.journal.note(complete=True)
     wait_snapshot(session, started.id, session.region, job.on_progress, size=size, born=started.born)
     own = job.journal.all_blocks()
     journals.save_map(session.region, started.id, own if below is None else journals.merged(below, own))
@@ -155,6 +155,8 @@ class _Started:
     encrypted: bool | None
     born: float
     complete: bool = False
+    completing: bool = False
+    """An earlier run asked for completion, and did not hear the answer."""
 
 
 def _started(job: Job, source: Source, options: UploadOptions, gib: int) -> _Started:
@@ -211,8 +213,10 @@ def _resumed(job: Job, source: Source) -> _Started | None:
             session.known("ec2:DeleteSnapshot", SnapshotId=old)
         job.journal.restart()
         return None
-    if state in {"pending", "completed"} and (state == "pending" or facts.get("complete")):
-        return _Started(old, facts.get("encrypted"), time.monotonic() - age, complete=state == "completed")
+    if state in {"pending", "completed"}:  # only `_complete`, with the sum over all blocks, brings it to that
+        started = _Started(old, facts.get("encrypted"), time.monotonic() - age, complete=state == "completed")
+        started.completing = bool(facts.get("completing"))
+        return started
     if state is not None:
         session.known("ec2:DeleteSnapshot", SnapshotId=old)
     job.note(f"snapshot {old} of the earlier run is {state or 'gone'}: starting afresh")
@@ -248,7 +252,7 @@ def _zero_rule(session: Session, options: UploadOptions, started: _Started) -> b
 
 
 def _complete(session: Session, started: _Started, count: int, checksum: str) -> None:
-    doubtful = False
+    doubtful = started.completing
 
     def settle(fault: Fault) -> bool | None:
         """Look at the state where an answer was lost and the snapshot is no longer pending."""

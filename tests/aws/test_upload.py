@@ -44,7 +44,7 @@ def test_a_container_image_is_built_on_the_way(fake: Fake, tmp_path: Path) -> No
     volume = only_snapshot(fake).volume()
     (tmp_path / "out.raw").write_bytes(volume[: 64 * MIB])
     assert b"fresh\nfresh\n" in volume and answer["blocks"]["sent"] > 0
-    assert "out.raw1" in run("sfdisk", "-d", tmp_path / "out.raw").stdout.decode()
+    assert "out.raw1" in run("sfdisk", "-d", tmp_path / "out.raw").stdout
 
 
 def zeroed(path: Path) -> Path:
