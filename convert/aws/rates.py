@@ -30,7 +30,8 @@ class Rate:
         self._rate = self.most
         self._lock = threading.Lock()
         self._next = 0.0
-        self._grown = self._cut_at = self._window = time.monotonic()
+        self._grown = self._window = time.monotonic()
+        self._cut_at = self._grown - 60.0  # the first refusal counts
         self._accepted = 0
 
     @property

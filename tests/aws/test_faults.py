@@ -1,9 +1,10 @@
 """What goes wrong at AWS: the result is identical content and no leak, or one line that names the action."""
 
+import signal
 from pathlib import Path
 
 import pytest
-from aws.disks import bootable, disk_file, holds, only_snapshot
+from aws.disks import bootable, disk_file, holds, only_snapshot, wait
 from aws.fake import Fake
 from clikit import dm
 
@@ -134,4 +135,38 @@ def test_a_failed_copy_undoes_the_image(fake: Fake, tmp_path: Path) -> None:
     fake.faults.add("deny", "ec2:CopyImage", after=1)
     done = dm("aws", "publish", raw, "--name", "wide", "--copy-to", "eu-west-1", "--copy-to", "ap-southeast-2")
     assert done.status == 1 and "ec2:CopyImage" in done.err and len(done.err.splitlines()) <= 1
+    assert not fake.account.images and not fake.account.snapshots
+
+
+@pytest.mark.parametrize(
+    "action", ["ebs:CompleteSnapshot", "ec2:DescribeSnapshots", "ec2:RegisterImage", "ec2:CreateTags"]
+)
+def test_publish_goes_on_after_a_kill(action: str, fake: Fake, spawn, tmp_path: Path) -> None:
+    """Killed while it waits for an answer of each step: the same command makes one snapshot and one image of it."""
+    raw = bootable(tmp_path / "d.raw", "uefi")
+    after = 1 if action == "ec2:RegisterImage" else 0  # the dry run goes before
+    rule = fake.faults.add("hang", action, after=after)
+    child = spawn("publish", raw, "--name", "one", "--yes")
+    wait(lambda: fake.faults.struck["hang"] > 0)
+    child.kill()
+    child.communicate()
+    fake.faults.clear()
+    before = set(fake.account.snapshots)
+    answer = dm("aws", "publish", raw, "--name", "one", "--json").ok().json
+    assert before == {answer["snapshot_id"]} == set(fake.account.snapshots) and rule.kind == "hang"
+    assert list(fake.account.images) == [answer["image_id"]] and answer["blocks"]["sent"] == 0
+    holds(only_snapshot(fake), raw)
+
+
+def test_interrupted_while_registering(fake: Fake, spawn, tmp_path: Path) -> None:
+    """What an unanswered call may have made is found by its tag, and removed."""
+    raw = bootable(tmp_path / "d.raw", "uefi")
+    fake.faults.add("hang", "ec2:DescribeImages", after=3)  # made, and not heard to be available
+    child = spawn("publish", raw, "--name", "one")
+    wait(lambda: fake.faults.struck["hang"] > 0)
+    assert len(fake.account.images) == 1
+    fake.faults.rules.clear()
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 130 and "removed image ami-" in err
     assert not fake.account.images and not fake.account.snapshots

@@ -11,7 +11,7 @@ from aws.disks import block, bootable, disk_file, holds, only_snapshot, wait
 from aws.fake import BLOCK, Fake
 from clikit import ROOT, dm
 
-from testkit import MIB, run
+from testkit import MIB, data, run
 
 TRUST = json.dumps(
     {"Statement": [{"Effect": "Allow", "Principal": {"Service": "vmie.amazonaws.com"}, "Action": "sts:AssumeRole"}]}
@@ -141,7 +141,8 @@ def bucket() -> str:
 
 
 def test_import_snapshot(fake: Fake, tmp_path: Path) -> None:
-    raw = disk_file(tmp_path / "d.raw", [0, 2, 40], length=24 * MIB)
+    raw = tmp_path / "d.raw"
+    raw.write_bytes(data("dense", 20 * MIB))  # does not compress: several parts
     answer = dm("aws", "import", raw, "--bucket", bucket(), "--json").ok().json
     holds(only_snapshot(fake), raw)
     assert answer["snapshot_id"] == only_snapshot(fake).id and answer["key"].startswith(f"diskmorph/{answer['job']}/")
@@ -150,7 +151,8 @@ def test_import_snapshot(fake: Fake, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rule", [("500", "s3:*", 0.2), ("reset", "s3:*", 0.2), ("lost", "s3:UploadPart", 0.3)])
 def test_import_survives(rule: tuple[str, str, float], fake: Fake, tmp_path: Path) -> None:
-    raw = disk_file(tmp_path / "d.raw", list(range(60)))
+    raw = tmp_path / "d.raw"
+    raw.write_bytes(data("dense", 20 * MIB))
     name = bucket()
     fake.faults.add(rule[0], rule[1], chance=rule[2])
     dm("aws", "import", raw, "--bucket", name).ok()
@@ -191,9 +193,9 @@ def test_download_since(fake: Fake, tmp_path: Path) -> None:
     new = tmp_path / "new.raw"
     shutil.copy(old, new)
     with new.open("r+b") as file:
-        for index, data in ((1, block(77)), (2, bytes(BLOCK)), (20, block(78))):
+        for index, part in ((1, block(77)), (2, bytes(BLOCK)), (20, block(78))):
             file.seek(index * BLOCK)
-            file.write(data)
+            file.write(part)
     run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", old, tmp_path / "base.qcow2")
     words = ["--since", first, "-B", "base.qcow2"]
     answer = dm("aws", "download", second, "delta.qcow2", *words, "--json").ok().json
