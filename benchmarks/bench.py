@@ -144,7 +144,9 @@ class Sources:
 
     def get(self, name: str) -> tuple[Path, str]:
         """Return path and the peer's format word of a source."""
-        word = {"qcow2": "qcow2", "vmdk": "vmdk", "deflate": "qcow2", "zstd": "qcow2", "stream": "vmdk"}.get(name, "raw")
+        word = {"qcow2": "qcow2", "vmdk": "vmdk", "deflate": "qcow2", "zstd": "qcow2", "stream": "vmdk"}.get(
+            name, "raw"
+        )
         word = "qcow2" if name == "shuffled" else word
         path = self.folder / f"{name}.img"
         if not path.exists():
@@ -203,7 +205,9 @@ def timed(argv: list[str], target: Path, *, sync_after: bool) -> Run:
     return Run(seconds, synced, usage.ru_maxrss * 1024, size)
 
 
-def measure(pair: Pair, sources: Sources, out: Path, runs: int, peer: str, *, sync: bool) -> tuple[list[Run], list[Run]]:
+def measure(
+    pair: Pair, sources: Sources, out: Path, runs: int, peer: str, *, sync: bool
+) -> tuple[list[Run], list[Run]]:
     """Run ours and the peer's in alternation."""
     path, word = sources.get(pair.source)
     target = out / f"target.{pair.suffix}"
@@ -274,7 +278,9 @@ def main() -> None:
     base = Path(options.folder or tempfile.gettempdir())
     kept = base / f"bench-sources-{options.data}"
     kept.mkdir(parents=True, exist_ok=True)
-    version = subprocess.run([options.peer, "--version"], check=True, capture_output=True, text=True).stdout.split("\n")[0]
+    version = subprocess.run([options.peer, "--version"], check=True, capture_output=True, text=True).stdout.split(
+        "\n"
+    )[0]
     print(f"{platform.machine()}, {os.cpu_count()} processors, Linux {platform.release()}, {version}\n")
     print("| fs | pair | | ours s | qemu-img s | ratio | goal | MiB | stored MiB | qemu-img's |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
@@ -289,9 +295,7 @@ def main() -> None:
                 if not fnmatch.fnmatch(pair.name, options.k):
                     continue
                 for mode in options.sync.split(","):
-                    mine, others = measure(
-                        pair, sources, room, options.runs, options.peer, sync=mode == "synced"
-                    )
+                    mine, others = measure(pair, sources, room, options.runs, options.peer, sync=mode == "synced")
                     report(pair, kind, mine, others, sync=mode == "synced")
 
 

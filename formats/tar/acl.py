@@ -57,7 +57,7 @@ def permission_bits(value: bytes) -> int | None:
     """Return the nine bits of the mode that goes with an access ACL: its mask stands for the group, if there is one."""
     if value[:4] != VERSION or (len(value) - 4) % ENTRY.itemsize:
         return None
-    found = {tag: perm & 7 for tag, perm, _ in np.frombuffer(value, ENTRY, offset=4).tolist()}
+    found: dict[int, int] = {tag: perm & 7 for tag, perm, _ in np.frombuffer(value, ENTRY, offset=4).tolist()}
     if not {1, 4, 32} <= set(found):
         return None
     return found[1] << 6 | found.get(16, found[4]) << 3 | found[32]

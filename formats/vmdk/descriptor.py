@@ -71,7 +71,8 @@ def parse(raw: bytes, file: str, limits: Limits) -> Descriptor:
     try:
         return _parse(_decode(raw, file), file, limits)
     except FormatError as error:
-        line = int(error.field.removeprefix("line ")) if (error.field or "").startswith("line ") else 1
+        field = error.field or ""
+        line = int(field.removeprefix("line ")) if field.startswith("line ") else 1
         starts = [0, *(end.end() for end in re.finditer(rb"\r\n|\n|\r", raw))]
         raise error.located(offset=starts[min(line, len(starts)) - 1]) from error.__cause__
 
