@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _FEED = 32 << 10  # encoded bytes given to a decoder at once
 _OUT = 1 << 20  # decoded bytes taken at once
 _LEAST = 64 << 20  # what any stream may expand to
-_MEMORY = 256 << 20  # window or dictionary of a decoder
+_MEMORY = 160 << 20  # window or dictionary of a decoder: xz -9 needs 65 MiB, zstd --long 128 MiB
 
 _MAGICS = (
     (b"\x1f\x8b\x08", "gzip"),  # RFC 1952, 2.3.1
@@ -146,7 +146,7 @@ def _zstd(feed: Iterator[bytes], source: ByteSource) -> Iterator[bytes]:
     import zstandard  # noqa: PLC0415
 
     _require_whole_frames(source)
-    decoder = zstandard.ZstdDecompressor(max_window_size=_MEMORY // 2)
+    decoder = zstandard.ZstdDecompressor(max_window_size=128 << 20)
     with decoder.stream_reader(_Feed(feed), read_size=_FEED, read_across_frames=True) as reader:  # type: ignore[arg-type]
         while data := reader.read(_OUT):
             yield data

@@ -142,8 +142,8 @@ def test_gzip_is_read_at_any_offset():
 @pytest.mark.parametrize(
     ("data", "says"),
     [
-        (gzip.compress(b"x" * 1000)[:-5], "cut off"),
-        (gzip.compress(b"x" * 1000) + b"junk", "damaged"),
+        (gzip.compress(b"x" * 1000, mtime=0)[:-5], "cut off"),
+        (gzip.compress(b"x" * 1000, mtime=0) + b"junk", "damaged"),
         (b"no gzip", "damaged"),
         (b"", "cut off"),
     ],
