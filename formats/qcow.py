@@ -244,8 +244,9 @@ class QcowDisk(ImageDisk):
                 at = following
                 continue
             high = min(at + step, last)
-            rows = clip(self._rows(at, l1[at:high]), start, stop)
-            yield self._within(rows)
+            rows = self._rows(at, l1[at:high])
+            self._require_on_clusters(rows)
+            yield self._within(clip(rows, start, stop))
             at = high
 
     def _rows(self, first: int, offsets: NDArray[np.uint64]) -> NDArray[np.void]:
@@ -271,23 +272,27 @@ class QcowDisk(ImageDisk):
         rows["stored"] = np.where(compressed, (some >> shift) & _U(header.cluster - 1), _U(0))
         return rows
 
+    def _require_on_clusters(self, rows: NDArray[np.void]) -> None:
+        """Refuse plain data that does not begin on a cluster; `rows` are whole clusters."""
+        plain = (rows["kind"] == DATA) & (rows["codec"] == PLAIN)
+        askew = np.flatnonzero(plain & (rows["offset"] % _U(self._header.cluster) != 0))
+        if len(askew):
+            worst = rows[askew[0]]
+            raise _bad(
+                f"the data of disk offset {int(worst['start'])} does not begin on a cluster",
+                self.files[0],
+                "L2 table",
+                field="offset",
+                offset=int(worst["offset"]),
+                expected=f"a multiple of {self._header.cluster}",
+            )
+
     def _within(self, rows: NDArray[np.void]) -> NDArray[np.void]:
         """Refuse data beyond the file's end: QEMU writes whole clusters."""
         source = self.files[0]
         packed = rows["codec"] != PLAIN
         ends = rows["offset"] + np.where(packed, rows["stored"].astype(_U), rows["length"])
         data = rows["kind"] == DATA
-        askew = np.flatnonzero(data & ~packed & (rows["offset"] % _U(self._header.cluster) != 0))
-        if len(askew):
-            worst = rows[askew[0]]
-            raise _bad(
-                f"the data of disk offset {int(worst['start'])} does not begin on a cluster",
-                source,
-                "L2 table",
-                field="offset",
-                offset=int(worst["offset"]),
-                expected=f"a multiple of {self._header.cluster}",
-            )
         beyond = np.flatnonzero(data & ((ends > _U(source.size)) | packed & (rows["stored"] == 0)))
         if not len(beyond):
             return rows

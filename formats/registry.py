@@ -194,6 +194,9 @@ def _searched(child: ImageDisk, parent: ParentRef, context: OpenContext) -> Byte
             source = context.opener.allowed(str(path.absolute()), child.files[0], "parent")
         except DiskmorphError:
             continue
+        if _key(source) == _key(child.files[0]):
+            source.close()
+            continue
         try:
             layer = open_layer(source, entry, OpenContext(context.opener, context.limits))
             if all(layer.identity.get(key) in accepted for key, accepted in parent.expects.items()):

@@ -113,11 +113,12 @@ def test_free_shows_the_parent_and_zero_does_not(tmp_path: Path) -> None:
     assert _family(tmp_path) == _open_child(tmp_path)
 
 
-def test_a_parent_is_needed_and_never_guessed(tmp_path: Path) -> None:
-    _family(tmp_path)
+def test_a_parent_is_needed_and_found_by_its_uuids_where_allowed(tmp_path: Path) -> None:
+    want = _family(tmp_path)
     with pytest.raises(FormatError, match="parent") as caught:
-        open_disk(tmp_path / "child.vdi", parents=tmp_path)
+        open_disk(tmp_path / "child.vdi")
     assert "--backing" in str(caught.value)
+    assert content(checked(open_disk(tmp_path / "child.vdi", parents=tmp_path))) == want
 
 
 @pytest.mark.parametrize(
