@@ -54,6 +54,7 @@ format: setup  ## mend layout and what ruff can mend
 bench: packages setup  ## beside qemu-img, with its best flags, in alternation
 	$(BIN)/python benchmarks/bench.py
 	$(BIN)/python benchmarks/aws.py
+	$(BIN)/python benchmarks/boot.py
 
 # The time that each format gets: mutants (1000 of each, if they are done in that time), then coverage-guided fuzzing.
 FUZZ_MUTANTS ?= 300
