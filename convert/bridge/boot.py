@@ -212,7 +212,7 @@ def _parts(
     parts, code = [], b""
     if {"bios", "uefi"} & set(boot):
         entry = grub.Entry(f"{title}, {kernel.version}", *paths, cmdline)
-        text = grub.grub_config(job.root_uuid, [entry])
+        text = grub.grub_config(job.root_uuid, [entry], serial=kernel.architecture in ("amd64", "386"))
         job.inject.put("boot/grub/grub.cfg", file_node(text.encode(), mtime=job.mtime))
     if "bios" in boot:
         if kernel.architecture not in ("amd64", "386"):

@@ -38,6 +38,7 @@ EFI = {
     "386": ("i386-efi", "BOOTIA32.EFI", "grub-efi-ia32-bin"),
     "riscv64": ("riscv64-efi", "BOOTRISCV64.EFI", "grub-efi-riscv64-bin"),
 }
+_SERIAL = ("serial --unit=0 --speed=115200", "terminal_input console serial", "terminal_output console serial")
 _BLOCKLIST = 500  # diskboot.img's last entry: u64 first sector, u16 sectors, u16 segment
 _SEGMENT = 0x820
 _BOOT_SECTOR_AT, _BOOT_DRIVE_AT, _DRIVE_CHECK_AT = 0x5C, 0x64, 0x66  # boot.img
@@ -58,12 +59,10 @@ def early_config(uuid: str) -> str:
     return f"search.fs_uuid {uuid} root\nset prefix=($root)/boot/grub\nconfigfile ($root)/boot/grub/grub.cfg\n"
 
 
-def grub_config(uuid: str, entries: Sequence[Entry]) -> str:
-    """Return /boot/grub/grub.cfg: both consoles, the first entry at once, a key held down for the menu."""
+def grub_config(uuid: str, entries: Sequence[Entry], *, serial: bool = True) -> str:
+    """Return /boot/grub/grub.cfg: the first entry at once; `serial`: on the PC's first serial port, too."""
     lines = [
-        "serial --unit=0 --speed=115200",
-        "terminal_input console serial",
-        "terminal_output console serial",
+        *(_SERIAL if serial else ()),
         "set default=0",
         "set timeout=0",
         f"search.fs_uuid {uuid} root",
