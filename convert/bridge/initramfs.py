@@ -25,7 +25,6 @@ _APPLETS = (
     "cut",
     "dd",
     "echo",
-    "find",
     "findfs",
     "grep",
     "gzip",

@@ -25,7 +25,8 @@ done
 # Loads what devices ask for; false where none has come since.
 seen=''
 load() {
-	wanted=$(find /sys/devices -name modalias -exec cat '{}' + 2> /dev/null | grep -vE '^(cpu|dmi|input|platform):' | sort -u)
+	# in this order: xen, vmbus, virtio, scsi, pci, acpi, so that buttons come behind disks
+	wanted=$(cat /sys/bus/*/devices/*/modalias 2> /dev/null | grep -vE '^(cpu|dmi|input|platform):' | sort -ru)
 	[ "$wanted" != "$seen" ] || return 1
 	seen=$wanted
 	echo "$wanted" | xargs modprobe -a -q > /dev/null 2>&1
