@@ -3,14 +3,15 @@
 # reaps orphans, and powers off when the program ends.
 b=/.diskmorph/busybox
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin
-read -r name < /etc/hostname && $b hostname "$name"
+read -r name < /etc/hostname
 
 $b mount -o remount,rw /
-on() { [ -d "$4" ] || $b mkdir -p "$4"; $b mountpoint -q "$4" 2> /dev/null || $b mount -t "$1" -o "$2" "$3" "$4"; }
+on() { [ -d "$4" ] || $b mkdir -p "$4"; $b mount -t "$1" -o "$2" "$3" "$4"; }
 [ -e /proc/1 ] || on proc nosuid,nodev,noexec proc /proc
 [ -e /sys/class ] || on sysfs nosuid,nodev,noexec sysfs /sys
 [ -e /dev/null ] || on devtmpfs nosuid,mode=0755 devtmpfs /dev
 on tmpfs nosuid,nodev,mode=0755 tmpfs /run
+[ -z "$name" ] || echo "$name" > /proc/sys/kernel/hostname
 
 # The network comes up while the rest is mounted; the program starts with an address, if there is one to be had.
 $b ip link set lo up
@@ -18,7 +19,6 @@ jobs=''
 for path in /sys/class/net/*; do
 	nic=${path##*/}
 	[ "$nic" != lo ] && [ -e "$path/device" ] || continue
-	$b ip link set "$nic" up
 	$b udhcpc -i "$nic" -s /.diskmorph/dhcp -p "/run/udhcpc.$nic.pid" -x "hostname:$name" \
 		-t 6 -T 1 -A 5 -b -S > /dev/null 2>&1 &
 	jobs="$jobs $!"

@@ -7,11 +7,11 @@ deconfig)
 	$b ip link set "$interface" up
 	;;
 bound | renew)
-	$b ip -4 addr show dev "$interface" | $b grep -q " $ip/" || $b ip -4 addr flush dev "$interface"
+	[ "$1" = bound ] || $b ip -4 addr show dev "$interface" | $b grep -q " $ip/" || $b ip -4 addr flush dev "$interface"
 	$b ip addr add "$ip/${mask:-24}" ${broadcast:+broadcast "$broadcast"} dev "$interface" 2> /dev/null
 	[ -z "$mtu" ] || $b ip link set "$interface" mtu "$mtu"
 	for gateway in $router; do
-		$b ip route add "$gateway" dev "$interface" 2> /dev/null # where the mask is /32
+		[ "$mask" != 32 ] || $b ip route add "$gateway" dev "$interface" 2> /dev/null
 		$b ip route replace default via "$gateway" dev "$interface"
 		break
 	done
