@@ -96,24 +96,32 @@ def machine(
     uefi: bool = False,
     ends: bool = False,
     keep: bool = False,
+    press: str = "",
     more: tuple[str, ...] = (),
 ) -> str:
-    """Start a machine and return what its serial port said up to `until` (or, with `ends`, to its power-off)."""
+    """Start a machine and return what its serial port said up to `until` (or, with `ends`, to its power-off).
+
+    When it has said `press`, its power button is pressed.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         log = Path(scratch) / "serial"
         log.touch()
         words = ["qemu-system-x86_64", "-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max", "-m", "1024"]
-        words += ["-smp", "2", "-display", "none", "-monitor", "none", "-serial", f"file:{log}", "-no-reboot"]
+        words += ["-smp", "2", "-display", "none", "-monitor", "stdio", "-serial", f"file:{log}", "-no-reboot"]
         words += ["-nic", "user,model=virtio-net-pci"]
         if uefi:
             shutil.copy(OVMF[1], Path(scratch) / "vars")
             words += ["-drive", f"if=pflash,format=raw,readonly=on,file={OVMF[0]}"]
             words += ["-drive", f"if=pflash,format=raw,file={scratch}/vars"]
         words += ["-drive", f"file={disk},format={format},if=virtio" + ("" if keep else ",snapshot=on"), *more]
-        child = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        child = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         deadline = time.monotonic() + seconds
         try:
             while time.monotonic() < deadline and child.poll() is None:
+                if press and press in log.read_text("utf-8", "replace"):
+                    press = ""
+                    child.stdin.write(b"system_powerdown\n")  # type: ignore[union-attr]
+                    child.stdin.flush()  # type: ignore[union-attr]
                 if until in log.read_text("utf-8", "replace") and not ends:
                     break
                 time.sleep(0.2)

@@ -85,6 +85,13 @@ while :; do sleep 1; done
     assert log.index("READY") < log.index("GOT-TERM")
 
 
+def test_power_button_stops_the_program(tmp_path: Path) -> None:
+    script = b"#!/bin/sh\ntrap 'echo STOPPED; exit 5' TERM\necho; echo READY\nwhile :; do sleep 1; done\n"
+    disk = made(tmp_path, "d.raw", boot=("bios",), marker=script, User="")
+    log = machine(disk, "raw", until="status 5", seconds=150, ends=True, press="READY")
+    assert "STOPPED" in log
+
+
 def test_debian_in_bios_and_uefi_from_one_disk(tmp_path: Path) -> None:
     options = BuildOptions(convert=ConvertOptions(sync=False), size=Size(slack=200 * MIB), hostname="box-7")
     build(debian(), tmp_path / "d.qcow2", options=options)

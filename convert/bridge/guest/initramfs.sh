@@ -46,7 +46,7 @@ find_root() {
 pause() { usleep 50000 2> /dev/null || sleep 1; }
 
 # Drivers for the network are loaded while the root is mounted.
-while load; do :; done &
+{ while load; do :; done; modprobe -q evdev 2> /dev/null; } &  # evdev tells of the power button
 loader=$!
 tries=0 device=''
 until device=$(find_root $tries); do
