@@ -84,11 +84,12 @@ def test_a_link_put_in_a_folders_place_is_not_followed(tmp_path: Path) -> None:
 def test_many_files_need_few_descriptors(tmp_path: Path) -> None:
     for number in range(300):
         put(tmp_path / "tree", f"f{number}", b"%d" % number)
+    before = len(os.listdir("/proc/self/fd"))  # another test in this process may hold some
     with read_directory(tmp_path / "tree") as tree:
         nodes = dict(tree.root.children)
         for number in (*range(300), *range(300)):
             assert nodes[b"f%d" % number].read() == b"%d" % number
-        assert len(os.listdir("/proc/self/fd")) < 120
+        assert len(os.listdir("/proc/self/fd")) - before < 100
 
 
 def test_missing_and_unreadable(tmp_path: Path) -> None:
