@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Self
 
 from diskmorph.formats.errors import IntegrityError, TargetError
+from diskmorph.formats.marks import attach
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -120,6 +121,7 @@ class FileMember(Member):
     def publish(self, *, replace: bool) -> None:
         """Give the file its name, atomically; without `replace` fail if the name is taken."""
         try:
+            attach(self._fd, self.path)
             if not replace:
                 self._link(self.path.name)
                 self.discard()

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Self
 
 from diskmorph.formats.directory.reader import open_beneath
 from diskmorph.formats.errors import FormatError, TargetError
+from diskmorph.formats.marks import attach
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -87,6 +88,7 @@ class DirectoryTarget:
         try:
             if self._sync:
                 ctypes.CDLL(None, use_errno=True).syncfs(self._fd)
+            attach(self._fd, self.path)
             self._part.rename(self.path)
             if self._sync:
                 folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
