@@ -36,6 +36,11 @@ def marked(mark: str) -> Iterator[None]:
         _current.reset(token)
 
 
+def current() -> str | None:
+    """Return the context's mark, for targets that are no files."""
+    return _current.get()
+
+
 def attach(fd: int, path: Path) -> None:
     """Give the context's mark, if there is one, to an open file or directory that is about to be named `path`."""
     mark = _current.get()
