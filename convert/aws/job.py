@@ -36,7 +36,8 @@ def parse_tags(words: Sequence[str]) -> dict[str, str]:
 class Job:
     """A job in `with`: what it made is undone when it fails, unless `keep`, and named either way.
 
-    The name of what was undone goes into the error's own line, or, when interrupted, to `say`.
+    The name of what was undone goes into the error's own line, or, when interrupted, to `say`. `name`: what the job is
+    called, and so its client token; None: a new name.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Job:
         note: Callable[[str], None] | None = None,
         say: Callable[[str], None] | None = None,
         on_progress: Callable[[Progress], None] | None = None,
+        name: str | None = None,
     ) -> None:
         self.session = session
         self.keep = keep
@@ -56,7 +58,7 @@ class Job:
         self._say = say or self.note
         self.on_progress = on_progress or (lambda _: None)
         self.user_tags = dict(tags or {})
-        self.journal = Journal(key)
+        self.journal = Journal(key, name)
         self.undo = Undo(session, lambda: self.journal.job)
 
     @property

@@ -47,9 +47,13 @@ def new_job() -> str:
 
 
 class Journal:
-    """The journal of one command. `job` is its name; `facts` what was noted beside blocks, later notes over earlier."""
+    """The journal of one command. `job` is its name; `facts` what was noted beside blocks, later notes over earlier.
 
-    def __init__(self, key: Any) -> None:
+    `name` is what the job is called, and what its names begin with when it must begin anew; None: the day and chance.
+    """
+
+    def __init__(self, key: Any, name: str | None = None) -> None:
+        self._name = name
         text = json.dumps(key, sort_keys=True)
         self.key = hashlib.sha256(text.encode()).hexdigest()[:24]
         self._lock = threading.Lock()
@@ -60,7 +64,7 @@ class Journal:
         self._fd, self.path = self._open()
         self._load()
         if "job" not in self.facts:
-            self.note(version=VERSION, job=new_job(), key=key, started=time.time())
+            self.note(version=VERSION, job=name or new_job(), key=key, started=time.time())
 
     def _open(self) -> tuple[int, Path]:
         folder = state_folder()
@@ -150,7 +154,8 @@ class Journal:
         key = self.facts.get("key")
         self.facts = {}
         os.ftruncate(self._fd, 0)
-        self.note(version=VERSION, job=new_job(), key=key, started=time.time())
+        job = f"{self._name}-{secrets.token_hex(4)}" if self._name else new_job()
+        self.note(version=VERSION, job=job, key=key, started=time.time())
 
     def close(self, *, remove: bool = False) -> None:
         """Close the journal; `remove`: the job is over, one way or the other."""
