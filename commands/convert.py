@@ -48,6 +48,7 @@ EXAMPLES = (
     ("diskmorph convert --size 20G disk.raw disk.vdi", "grown on the way"),
     ("diskmorph convert --verify --digest disk.vhdx disk.qcow2", "read back, and hashed"),
     ("diskmorph convert --dry-run disk.qcow2 disk.vmdk", "what would happen, and what would be lost"),
+    ("diskmorph convert disk.qcow2 s3://bucket/disk.raw", "to an object in S3; also nbd://host/export"),
     ("diskmorph convert --device disk.qcow2 /dev/sdX", "onto a block device, in place"),
     ("diskmorph convert disk.qcow2 - | zstd > disk.raw.zst", "through a pipe"),
     ("diskmorph convert -f raw -O qcow2 - disk.qcow2 < disk.raw", "from a pipe"),
@@ -58,7 +59,11 @@ EXAMPLES = (
 )
 
 _REFUSED = (
-    (("-n", "--no-create"), 0, "a target is replaced with --force, or a block device written in place with --device"),
+    (
+        ("-n", "--no-create"),
+        0,
+        "a target is replaced with --force, a block device written in place with --device, nbd://... always",
+    ),
     (("--salvage",), 0, "a damaged image is never read as if it were whole; `diskmorph check --repair` may mend it"),
     (("--target-is-zero",), 0, "a file is new and reads as zeroes by itself; a device is zeroed where it must be"),
     (("--image-opts",), 0, "name the file, its format with -f and its parent with --backing"),

@@ -130,7 +130,7 @@ def _ways(transfer: Transfer, writer: Writer | None) -> Ways:
     unit = _unit(allocator)
     if unit <= 4 * _CAPACITY:
         capacity = max(capacity, unit)
-    streams = writer is not None and any(member.fileno() is None for member in writer.members)
+    streams = writer is not None and any(member.ordered for member in writer.members)
     return Ways(
         step=step,
         fine=fine,

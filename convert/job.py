@@ -15,6 +15,7 @@ from diskmorph.convert.options import ConvertOptions, ConvertReport, Moved, Prog
 from diskmorph.convert.plan import STDOUT, Plan, make_plan
 from diskmorph.formats.errors import OptionError, TargetError, UnsupportedError
 from diskmorph.formats.output import DeviceTarget, FileTarget, StreamTarget, Target
+from diskmorph.formats.remote import is_url
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -157,6 +158,10 @@ class _Digest:
 
 def _new_target(plan: Plan) -> Target:
     options, allocator = plan.options, plan.allocator
+    if is_url(plan.target):
+        from diskmorph.convert.to_url import new_url_target  # noqa: PLC0415 - what is used is loaded
+
+        return new_url_target(plan)
     if plan.target == STDOUT:
         if not allocator.sequential or len(allocator.members) > 1:
             raise UnsupportedError(
@@ -182,6 +187,10 @@ def _foretold(plan: Plan) -> int:
 def refuse_own_files(plan: Plan) -> None:
     """Raise TargetError where the target is one of the files that are read; a symbolic link to one may be replaced."""
     if plan.target == STDOUT:
+        return
+    if is_url(plan.target):
+        if plan.target == plan.source.name:
+            raise TargetError("is the same as the source", file=plan.target, hint="write to another name")
         return
     files = [*plan.source.files, *(plan.base.files if plan.base is not None else [])]
     read = {source.identity[:2]: source.name for source in files}

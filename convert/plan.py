@@ -13,8 +13,9 @@ from diskmorph.formats.allocator import Allocator, Identity, NewImage, NewParent
 from diskmorph.formats.errors import FormatError, OptionError, TargetError, UnsupportedError
 from diskmorph.formats.extents import DEFLATE
 from diskmorph.formats.policy import Opener, Parents
-from diskmorph.formats.probe import Format, format_of_suffix
+from diskmorph.formats.probe import RAW, Format, format_of_suffix
 from diskmorph.formats.registry import OpenContext, identify, load, open_layer, require_format
+from diskmorph.formats.remote import is_export
 from diskmorph.formats.views import Slice, grown
 
 if TYPE_CHECKING:
@@ -91,6 +92,8 @@ def target_format(name: str, options: ConvertOptions) -> Format:
     """Return the target's format: what was asked for, else by the name's suffix. Raises OptionError."""
     if options.target_format is not None:
         entry = require_format(options.target_format)
+    elif is_export(name):
+        entry = RAW
     else:
         found = None if name == STDOUT else format_of_suffix(name)
         if found is None:
@@ -157,7 +160,7 @@ def _open_alone(path: Path | str, parents: Parents, options: ConvertOptions) -> 
 def new_allocator(entry: Format, disk: Disk, target: str, options: ConvertOptions, base: Opened | None) -> Allocator:
     """Return the layout of the target. Raises OptionError and TargetError (too large for the format)."""
     codec, level, words = _codec(entry, options)
-    name = "disk" if target == STDOUT else Path(target).name
+    name = "disk" if target == STDOUT or is_export(target) else Path(target).name
     if not name:
         raise TargetError("is not the name of a file", file=target)
     image = NewImage(

@@ -106,6 +106,12 @@ def _to_tree(asked: Asked) -> bool:
     return asked.target.startswith(_TREE_PREFIXES) or asked.target.lower().endswith(_TREE_SUFFIXES)
 
 
+def _to_url(asked: Asked) -> bool:
+    from diskmorph.formats.remote import is_url  # noqa: PLC0415 - loads nothing heavy
+
+    return is_url(asked.target)
+
+
 def _has_more(asked: Asked) -> bool:
     return bool(asked.options.also)
 
@@ -130,6 +136,7 @@ class Route(NamedTuple):
 
 ROUTES: tuple[Route, ...] = (
     Route(_has_more, "diskmorph.convert.also", "convert_also"),
+    Route(_to_url, "diskmorph.convert.to_url", "convert_to_url"),
     Route(_keeps_chain, "diskmorph.convert.chains", "keep_chain"),
     Route(_to_tree_shape, "diskmorph.convert.cloud_trees", "tree_to_shape"),
     Route(_to_disk_shape, "diskmorph.convert.cloud", "disk_to_shape"),

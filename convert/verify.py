@@ -12,12 +12,14 @@ from diskmorph.formats.errors import IntegrityError, OptionError
 from diskmorph.formats.output import FileMember
 from diskmorph.formats.policy import Opener, Parents
 from diskmorph.formats.source import ByteSource, FileSource
+from diskmorph.formats.views import Slice
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from diskmorph.convert.options import Progress
     from diskmorph.convert.plan import Plan
+    from diskmorph.formats.disk import Disk
     from diskmorph.formats.output import Target
 
 
@@ -54,6 +56,10 @@ def verify(
 ) -> None:
     """Read the target back, whole, and compare it with the source. Raises IntegrityError where they differ."""
     members = list(target.members)
+    remote = members[0].reread() if len(members) == 1 else None
+    if remote is not None:
+        _verify_remote(plan, remote, on_progress)
+        return
     if not all(member.fileno() is not None for member in members):
         raise OptionError("standard output cannot be read back", hint="leave out --verify, or write to a file")
     for member, size in zip(members, sizes, strict=True):
@@ -69,9 +75,17 @@ def verify(
             raise IntegrityError(
                 "what was written is shorter", file=plan.target, expected=plan.disk.size, found=written.disk.size
             )
-        result = compare_disks(
-            plan.disk, written.disk, max_ranges=1, threads=plan.options.threads, on_progress=on_progress
-        )
+        _require_same(plan, written.disk, on_progress)
+
+
+def _verify_remote(plan: Plan, source: ByteSource, on_progress: Callable[[Progress], None] | None) -> None:
+    """Compare what lies at the beginning of something that may be larger."""
+    with open_source("", format=plan.format.name, limits=plan.options.limits, source=source) as written:
+        _require_same(plan, Slice(written.disk, 0, plan.disk.size), on_progress)
+
+
+def _require_same(plan: Plan, written: Disk, on_progress: Callable[[Progress], None] | None) -> None:
+    result = compare_disks(plan.disk, written, max_ranges=1, threads=plan.options.threads, on_progress=on_progress)
     if not result.identical:
         raise IntegrityError(
             "what was written does not read back as the source",

@@ -21,7 +21,7 @@ from diskmorph.formats.marks import attach
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from diskmorph.formats.source import Buffer
+    from diskmorph.formats.source import Buffer, ByteSource
 
 _ZEROES = bytes(1 << 20)
 
@@ -43,6 +43,15 @@ class Member(ABC):
 
     def fileno(self) -> int | None:
         """Return a descriptor for copy_file_range, where there is one."""
+        return None
+
+    @property
+    def ordered(self) -> bool:
+        """Return whether bytes must come from front to back: so of whatever has no descriptor, unless it says else."""
+        return self.fileno() is None
+
+    def reread(self) -> ByteSource | None:
+        """Return what was written as a source, where that is neither a file nor gone; the caller closes it."""
         return None
 
     def zero(self, offset: int, length: int) -> None:

@@ -19,6 +19,11 @@ def is_url(name: str | os.PathLike[str]) -> bool:
     return isinstance(name, str) and _URL.match(name) is not None
 
 
+def is_export(name: str | os.PathLike[str]) -> bool:
+    """Return whether a name that the user gave is that of an NBD export."""
+    return isinstance(name, str) and name.lower().startswith(("nbd://", "nbd+unix://"))
+
+
 def open_url(url: str) -> ByteSource:
     """Open a URL that the user named. Raises SourceError, OptionError (a scheme that is not supported)."""
     scheme = url.partition("://")[0].lower()

@@ -28,7 +28,7 @@ EXPORT_INFO = Struct("type" / Int16ub, "size" / Int64ub, "flags" / Int16ub)
 BLOCK_INFO = Struct("type" / Int16ub, "minimum" / Int32ub, "preferred" / Int32ub, "maximum" / Int32ub)
 EXPORT_NAME_REPLY = Struct("size" / Int64ub, "flags" / Int16ub)
 
-HAS_FLAGS, READ_ONLY, SEND_FLUSH, SEND_WRITE_ZEROES, CAN_MULTI_CONN = 1, 2, 4, 64, 256
+HAS_FLAGS, READ_ONLY, SEND_FLUSH, SEND_TRIM, SEND_WRITE_ZEROES, CAN_MULTI_CONN = 1, 2, 4, 32, 64, 256
 
 REQUEST = Struct(
     "magic" / Const(b"\x25\x60\x95\x13"),
@@ -38,7 +38,7 @@ REQUEST = Struct(
     "offset" / Int64ub,
     "length" / Int32ub,
 )
-CMD_READ, CMD_WRITE, CMD_DISC, CMD_FLUSH, CMD_WRITE_ZEROES, CMD_BLOCK_STATUS = 0, 1, 2, 3, 6, 7
+CMD_READ, CMD_WRITE, CMD_DISC, CMD_FLUSH, CMD_TRIM, CMD_WRITE_ZEROES, CMD_BLOCK_STATUS = 0, 1, 2, 3, 4, 6, 7
 REQ_ONE = 8  # block status: one extent is enough
 
 SIMPLE_REPLY = Struct("magic" / Const(b"\x67\x44\x66\x98"), "error" / Int32ub, "cookie" / Int64ub)

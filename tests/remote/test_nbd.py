@@ -1,5 +1,6 @@
 """NBD both ways: our server is used by qemu and libnbd, our client reads from qemu-nbd and nbdkit."""
 
+import contextlib
 import json
 import subprocess
 import threading
@@ -11,7 +12,7 @@ import pytest
 import diskmorph
 from diskmorph.convert.serve import Server
 from diskmorph.formats.disk import checked
-from diskmorph.formats.errors import OptionError, SourceError
+from diskmorph.formats.errors import OptionError, SourceError, TargetError, UnsupportedError
 from diskmorph.formats.remote.nbd import NbdSource, address
 from diskmorph.formats.views import SourceDisk
 
@@ -126,3 +127,111 @@ def test_a_server_that_speaks_something_else_is_refused():
         threading.Thread(target=answer, daemon=True).start()
         with pytest.raises(SourceError, match="protocol"):
             NbdSource(f"nbd://127.0.0.1:{listener.getsockname()[1]}/")
+
+
+# --- exports as targets
+
+
+@contextlib.contextmanager
+def serving(sock: Path, *words: object):
+    """Run a server until the block ends; yields its URL."""
+    with subprocess.Popen([str(word) for word in words]) as child:
+        try:
+            _wait_for(sock)
+            yield f"nbd+unix:///?socket={sock}"
+        finally:
+            child.terminate()
+
+
+def old(path: Path, size: int) -> Path:
+    """A file full of what must not show through."""
+    path.write_bytes(b"\xa5" * size)
+    return path
+
+
+def test_an_export_of_qemu_nbd_is_written(tmp_path):
+    disk = little_disk()
+    (image,) = write_image("qcow2", disk, tmp_path / "disk.qcow2")
+    tail = 1 * MIB
+    target = old(tmp_path / "out.raw", disk.size + tail)
+    sock = tmp_path / "sock"
+    with serving(sock, "qemu-nbd", "-t", "-f", "raw", "-k", sock, "-e", "8", target) as url:
+        report = diskmorph.convert(image, url, options=diskmorph.ConvertOptions(verify=True, digest=True))
+        assert report.format == "raw"
+        assert report.target == url
+        assert report.verified
+    got = target.read_bytes()
+    assert got[: disk.size] == content(disk)
+    assert got[disk.size :] == b"\xa5" * tail  # as `qemu-img convert -n`: what is beyond stays
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("memory", "size=10M"),
+        ("--filter=nozero", "memory", "size=10M", "zeromode=none"),
+        ("--filter=nozero", "--filter=noextents", "split", "FILE"),  # which cannot trim
+    ],
+)
+def test_zeroes_are_zeroes_whatever_the_server_can(tmp_path, words):
+    disk = little_disk()
+    (image,) = write_image("qcow2", disk, tmp_path / "disk.qcow2")
+    sock = tmp_path / "sock"
+    filters = [word for word in words if word.startswith("--")]
+    file = old(tmp_path / "backing.raw", 10 * MIB)
+    rest = [file if word == "FILE" else word for word in words if not word.startswith("--")]
+    with serving(sock, "nbdkit", "-f", "-U", sock, *filters, *rest) as url:
+        run("qemu-io", "-f", "raw", "-c", "write -P 0xa5 0 10M", url)
+        diskmorph.convert(image, url, options=diskmorph.ConvertOptions(verify=True))
+        run("nbdcopy", url, tmp_path / "got.raw")
+    got = (tmp_path / "got.raw").read_bytes()
+    assert got[: disk.size] == content(disk)
+    assert got[disk.size :] == b"\xa5" * (10 * MIB - disk.size)
+
+
+def test_exports_that_cannot_be_written(tmp_path):
+    (image,) = write_image("qcow2", little_disk(), tmp_path / "disk.qcow2")
+    sock, target = tmp_path / "sock", old(tmp_path / "out.raw", 2 * MIB)
+    with serving(sock, "qemu-nbd", "-t", "-f", "raw", "-k", sock, target) as url:
+        with pytest.raises(TargetError, match="too small"):
+            diskmorph.convert(image, url)
+        with pytest.raises(UnsupportedError, match="plain bytes"):
+            diskmorph.convert(image, url, options=diskmorph.ConvertOptions(target_format="qcow2"))
+        with pytest.raises(OptionError, match="-B"):
+            diskmorph.convert(image, url, options=diskmorph.ConvertOptions(base=image))
+    assert target.read_bytes() == b"\xa5" * 2 * MIB
+    sock.unlink(missing_ok=True)
+    big = old(tmp_path / "big.raw", 10 * MIB)
+    with (
+        serving(sock, "qemu-nbd", "-t", "-r", "-f", "raw", "-k", sock, big) as url,
+        pytest.raises(TargetError, match="read-only"),
+    ):
+        diskmorph.convert(image, url)
+    with pytest.raises(TargetError, match="cannot be reached"):
+        diskmorph.convert(image, "nbd://127.0.0.1:1/")
+
+
+def test_a_server_that_fails_is_told(tmp_path):
+    (image,) = write_image("qcow2", little_disk(), tmp_path / "disk.qcow2")
+    sock = tmp_path / "sock"
+    with (
+        serving(
+            sock, "nbdkit", "-f", "-U", sock, "--filter=error", "memory", "size=10M", "error-pwrite-rate=100%"
+        ) as url,
+        pytest.raises(TargetError, match="content is undefined"),
+    ):
+        diskmorph.convert(image, url)
+
+
+def test_from_export_to_export(tmp_path):
+    (image,) = write_image("qcow2", little_disk(), tmp_path / "disk.qcow2")
+    one, two = tmp_path / "one", tmp_path / "two"
+    with (
+        serving(one, "qemu-nbd", "-t", "-r", "-f", "qcow2", "-k", one, image) as source,
+        serving(two, "nbdkit", "-f", "-U", two, "memory", "size=10M") as target,
+    ):
+        diskmorph.convert(source, target, options=diskmorph.ConvertOptions(source_format="raw"))
+        run("nbdcopy", target, tmp_path / "got.raw")
+        with pytest.raises(TargetError, match="same as the source"):
+            diskmorph.convert(target, target, options=diskmorph.ConvertOptions(source_format="raw"))
+    assert (tmp_path / "got.raw").read_bytes()[: little_disk().size] == content(little_disk())
