@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 ATTRIBUTE = "user.diskmorph.job"
-METADATA = "diskmorph-job"
-"""Of objects in S3: the key of the metadata that holds the mark."""
 _MOST = 3072
 """Bytes of a mark: ext4 keeps all attributes of a file in one block."""
 _NOT_KEPT = frozenset({errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES, errno.ENOSPC, errno.E2BIG})

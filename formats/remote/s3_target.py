@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from diskmorph.formats import marks
-from diskmorph.formats import marks
 from diskmorph.formats.errors import IntegrityError, TargetError
 from diskmorph.formats.output import FileMember, Member, Target
 from diskmorph.formats.remote.s3 import client, split
