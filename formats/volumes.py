@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 READERS: dict[str, tuple[str, str]] = {
     **dict.fromkeys(("ext2", "ext3", "ext4"), ("diskmorph.formats.ext4.reader", "read_ext")),
     **dict.fromkeys(("fat12", "fat16", "fat32", "vfat"), ("diskmorph.formats.fat.reader", "read_fat")),
+    "btrfs": ("diskmorph.formats.btrfs", "read_btrfs"),
+    "xfs": ("diskmorph.formats.xfs", "read_xfs"),
     **dict.fromkeys(("iso9660", "udf"), (__name__, "_read_iso")),
 }
 _WORDS = {
