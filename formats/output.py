@@ -11,6 +11,7 @@ import errno
 import os
 import secrets
 import stat
+import threading
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Self
@@ -74,6 +75,9 @@ class FileMember(Member):
         self.name = str(path)
         self._directory = directory
         self._temporary: str | None = None
+        # A file system lets one writer at a time into a file. Those who wait in the kernel spin, which takes a
+        # processor from those who could read meanwhile; those who wait for this sleep.
+        self._turn = threading.Lock()
         self._fd = self._create()
 
     def _create(self) -> int:
@@ -90,9 +94,10 @@ class FileMember(Member):
         """See Member."""
         view = memoryview(data).cast("B")
         try:
-            while view:
-                count = os.pwrite(self._fd, view, offset)
-                offset, view = offset + count, view[count:]
+            with self._turn:
+                while view:
+                    count = os.pwrite(self._fd, view, offset)
+                    offset, view = offset + count, view[count:]
         except OSError as error:
             raise _failed(error, self.name) from error
 
