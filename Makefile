@@ -24,7 +24,9 @@ build/typing/diskmorph:
 	mkdir -p build/typing
 	ln -sfn ../.. $@
 
+# Byte code is written here, not at the first use: that may happen as a user who cannot write it, or be forbidden.
 setup: $(BIN)/.ready build/typing/diskmorph  ## an environment in .venv with the package and the tools
+	$(BIN)/python -m compileall -q $(CODE)
 
 packages: tests/packages.txt  ## install the Debian packages that tests hold the product against
 	scripts/packages tests/packages.txt
