@@ -47,6 +47,7 @@ EXAMPLES = (
     ("diskmorph convert seed/ seed.iso --label cidata", "a directory, as a seed for cloud-init"),
     ("diskmorph convert --size 20G disk.raw disk.vdi", "grown on the way"),
     ("diskmorph convert --verify --digest disk.vhdx disk.qcow2", "read back, and hashed"),
+    ("diskmorph convert --resume big.vmdk big.qcow2", "can be interrupted, and goes on when said again"),
     ("diskmorph convert --dry-run disk.qcow2 disk.vmdk", "what would happen, and what would be lost"),
     ("diskmorph convert disk.qcow2 s3://bucket/disk.raw", "to an object in S3; also nbd://host/export"),
     ("diskmorph convert --device disk.qcow2 /dev/sdX", "onto a block device, in place"),
@@ -117,6 +118,9 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--digest", action="store_true", help="hash the content on the way (SHA-256)")
     group.add_argument("--verify", action="store_true", help="read the target back and compare it")
+    group.add_argument(
+        "--resume", action="store_true", help="go on where an interrupted conversion stopped, if it was said there too"
+    )
     group.add_argument("-r", "--rate", metavar="BYTES", help="at most so many bytes a second")
     group.add_argument("--threads", "-m", type=int, metavar="N", help="worker threads (default: one a core)")
     group.add_argument("-W", action="store_true", help=argparse.SUPPRESS)  # out-of-order writes: always so
@@ -177,6 +181,7 @@ def options_of(args: argparse.Namespace) -> ConvertOptions:
         force=args.force,
         dry_run=args.dry_run,
         device=args.device,
+        resume=args.resume,
         keep_chain=args.keep_chain,
         also=tuple(args.also),
         label=args.label,
@@ -238,6 +243,8 @@ def _report_lines(report: ConvertReport, out: Output, *, dry: bool) -> Iterator[
     done = "would be written" if dry else f"written in {report.seconds:.1f} s"
     sizes = f"{size_text(report.virtual_size)} virtual, {size_text(report.stored_size)} stored"
     yield f"{report.target}: {report.format}, {sizes}; {done} ({how})"
+    if report.resumed:
+        yield f"  resumed: {size_text(report.resumed)} were done before"
     if report.verified:
         yield "  read back and compared: the same content"
     if report.digest:

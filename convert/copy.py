@@ -13,6 +13,7 @@ from diskmorph.convert.encode import EncodeHand
 from diskmorph.convert.moves import Reader, Writer
 from diskmorph.convert.options import Moved, Progress
 from diskmorph.convert.plain import PlainHand, Ways
+from diskmorph.convert.recording import RecordingHand, replay
 from diskmorph.convert.windows import CLONE_ALIGN, Grid, everything, pair_windows, windows
 from diskmorph.convert.workers import Crew
 from diskmorph.formats.errors import IntegrityError, OptionError
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
+    from diskmorph.convert.resume import Journal
     from diskmorph.convert.windows import Window
     from diskmorph.formats.allocator import Allocator
     from diskmorph.formats.disk import Disk
@@ -65,11 +67,13 @@ def run(
     target: Target | None,
     folder: Path | None = None,
     on_progress: Callable[[Progress], None] | None = None,
+    journal: Journal | None = None,
 ) -> Moved:
     """Move everything, tables too; `target` None moves nothing but asks for all places (to measure).
 
-    `folder` is that of a target of files, where clones may be tried. Returns what was moved; the target is not
-    committed. Raises IntegrityError where that is not what was planned.
+    `folder` is that of a target of files, where clones may be tried. `journal` tells what was done before, and takes
+    what is done now. Returns what was moved; the target is not committed. Raises IntegrityError where that is not what
+    was planned.
     """
     allocator = transfer.allocator
     members = target.members if target is not None else ()
@@ -86,18 +90,25 @@ def run(
         reader = stack.enter_context(Reader(transfer.disk))
         base = stack.enter_context(Reader(transfer.base)) if transfer.base is not None else None
         cloner = Cloner(reader, folder) if _may_clone(transfer, folder) and folder is not None else None
+        begun = tuple(allocator.begin())
         if writer is not None:
-            writer.tables(allocator.begin())
+            writer.tables(begun)
+        hands: Sequence[Any] = _hands(transfer, ways, reader, base, writer)
+        left = _windows(transfer, ways, cloner)
+        if journal is None or writer is None:
+            Crew(hands, left, transfer.rate).run(tick)
         else:
-            _exhaust(allocator.begin())
-        hands = _hands(transfer, ways, reader, base, writer)
-        crew: Crew[Any] = Crew(hands, _windows(transfer, ways, cloner), transfer.rate)
-        crew.run(tick)
+            left = replay(journal, left, hands[0], writer, begun)
+            hands = [RecordingHand(hand, journal) for hand in hands]
+            try:
+                Crew(hands, left, transfer.rate).run(lambda done: tick(done + journal.resumed))
+            finally:
+                journal.checkpoint()
         if writer is not None:
             writer.tables(allocator.finish())
         else:
             _exhaust(allocator.finish())
-    moved = _sum(hands)
+    moved = _sum([hand.moved for hand in hands] + ([journal.moved] if journal is not None else []))
     if moved.total() != total:
         raise IntegrityError("other bytes were moved than planned", expected=total, found=moved.total())
     tick(total)
@@ -109,11 +120,11 @@ def _exhaust(writes: Iterator[object]) -> None:
         pass
 
 
-def _sum(hands: Sequence[PlainHand | EncodeHand]) -> Moved:
+def _sum(parts: Sequence[Moved]) -> Moved:
     total = Moved()
-    for hand in hands:
+    for part in parts:
         for name in ("cloned", "copied", "encoded", "passed", "skipped"):
-            setattr(total, name, getattr(total, name) + getattr(hand.moved, name))
+            setattr(total, name, getattr(total, name) + getattr(part, name))
     return total
 
 

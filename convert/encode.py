@@ -118,6 +118,18 @@ class EncodeHand:
         if self._ways.ordered:
             self._write(batch)
 
+    def replay(self, stop: int, runs: NDArray[np.void]) -> tuple[NDArray[np.void], tuple[Write, ...]]:
+        """Ask for the places of runs that were placed before and are written; return these and the tables.
+
+        Lengths are the file's.
+        """
+        placed = self._place(runs).copy()
+        encoded = placed["kind"] == DATA
+        asked = runs[runs["kind"] == DATA]
+        # What an encoded unit takes in the file may be more than the disk's bytes of it.
+        placed["length"][encoded] = np.where(asked["codec"] == PLAIN, asked["length"], asked["size"])
+        return placed, tuple(self._allocator.settle(self._ways.settled(stop, self._reader.disk.size)))
+
     def _place(self, runs: NDArray[np.void]) -> NDArray[np.void]:
         """Ask for places; for reproducible images in calls of one codec each, as writers may group by codec."""
         if not self._ways.stride or len(runs) < 2:

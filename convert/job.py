@@ -78,6 +78,7 @@ def perform(
         digest=digest,
         members=tuple(plan.allocator.members),
         properties=_properties(plan),
+        resumed=0 if plan.journal is None else plan.journal.resumed,
     )
 
 
@@ -99,7 +100,7 @@ def _perform(
         return moved, tuple(plan.allocator.sizes()), digest.value() if digest else None, False
     with _new_target(plan) as target:
         folder = Path(plan.target).parent if isinstance(target, FileTarget) else None
-        moved = run(transfer, target, folder, on_progress)
+        moved = run(transfer, target, folder, on_progress, plan.journal)
         sizes = tuple(plan.allocator.sizes())
         text = digest.value() if digest else None
         plan.source.disk.verify_unchanged()
@@ -176,7 +177,7 @@ def _new_target(plan: Plan) -> Target:
             raise OptionError("an image of several files cannot be written to a device")
         return DeviceTarget(path, _foretold(plan), sync=options.sync)
     folder = path.parent
-    return FileTarget(folder, list(allocator.members), force=options.force, sync=options.sync)
+    return FileTarget(folder, list(allocator.members), force=options.force, sync=options.sync, keeper=plan.journal)
 
 
 def _foretold(plan: Plan) -> int:

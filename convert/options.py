@@ -38,6 +38,7 @@ class ConvertOptions:
     - `zero_unit`: unit of zero detection (`-S`); 0 writes everything, holes included.
     - `profile`: a target's name (`--for azure`).
     - `digest`, `verify`, `reproducible`, `sync`, `force`, `dry_run`, `device`: as on the command line.
+    - `resume`: keep a journal beside the target, and go on where one that is there stops.
     - `keep_chain`: each layer of a chain becomes a file of its own, instead of one disk of all.
     - `also`: further targets of the same read; their formats are said by their suffixes.
     - `label`: the volume's label, of an ISO.
@@ -64,6 +65,7 @@ class ConvertOptions:
     force: bool = False
     dry_run: bool = False
     device: bool = False
+    resume: bool = False
     keep_chain: bool = False
     also: tuple[str, ...] = ()
     label: str | None = None
@@ -107,6 +109,8 @@ class ConvertReport:
     """What the importer must be told of the image (`--for openstack`)."""
     also: tuple[ConvertReport, ...] = ()
     """Of the further targets (`--also`)."""
+    resumed: int = 0
+    """Bytes of the disk that an earlier try had done (`--resume`)."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the JSON object of docs/json.md."""
@@ -116,7 +120,7 @@ class ConvertReport:
         report["members"] = list(self.members)
         report["properties"] = dict(self.properties)
         report["also"] = [other.as_dict() for other in self.also]
-        for key in ("properties", "also"):
+        for key in ("properties", "also", "resumed"):
             if not report[key]:
                 del report[key]
         return report

@@ -189,6 +189,11 @@ class PlainHand:
         if self._ways.ordered:
             self._write(batch)
 
+    def replay(self, stop: int, runs: NDArray[np.void]) -> tuple[NDArray[np.void], tuple[Write, ...]]:
+        """Ask for the places of runs that were placed before and are written; return these and the tables."""
+        placed = self._allocator.place(runs)
+        return placed, tuple(self._allocator.settle(self._ways.settled(stop, self._reader.disk.size)))
+
     # --- after the turn
 
     def write(self, batch: Batch) -> None:

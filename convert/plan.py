@@ -20,6 +20,7 @@ from diskmorph.formats.views import Slice, grown
 
 if TYPE_CHECKING:
     from diskmorph.convert.options import ConvertOptions
+    from diskmorph.convert.resume import Journal
     from diskmorph.formats.disk import Disk
 
 STDOUT = "-"
@@ -38,9 +39,13 @@ class Plan:
     base: Opened | None
     lost: tuple[str, ...]
     notes: tuple[str, ...]
+    journal: Journal | None = None
+    """What an interrupted run has done, and this one does (`--resume`)."""
 
     def close(self) -> None:
         """Close source and base."""
+        if self.journal is not None:
+            self.journal.close()
         self.source.close()
         if self.base is not None:
             self.base.close()
@@ -69,10 +74,12 @@ def make_plan(source: str | os.PathLike[str] | Disk, target: str | os.PathLike[s
         disk=options.disk,
     )
     base: Opened | None = None
+    journal: Journal | None = None
     try:
         base = _open_base(options)
         disk = sized(opened.disk, options.size, profile)
-        allocator = new_allocator(entry, disk, name, options, base)
+        journal = _journal(source, opened, base, entry, disk, name, options)
+        allocator = new_allocator(entry, disk, name, options, base, journal)
         disk = grown(disk, allocator.size)
         lost, notes = _losses(opened, disk, entry, allocator)
         notes += _ambiguity(opened, options) + changes(profile, options, name, opened.disk.size, disk.size)
@@ -80,8 +87,10 @@ def make_plan(source: str | os.PathLike[str] | Disk, target: str | os.PathLike[s
             from diskmorph.convert.cloud_facts import remarks  # noqa: PLC0415 - only with --for
 
             notes += remarks(profile.name, disk)
-        return Plan(opened, disk, name, entry, allocator, options, base, lost, notes)
+        return Plan(opened, disk, name, entry, allocator, options, base, lost, notes, journal)
     except BaseException:
+        if journal is not None:
+            journal.close()
         opened.close()
         if base is not None:
             base.close()
@@ -157,7 +166,31 @@ def _open_alone(path: Path | str, parents: Parents, options: ConvertOptions) -> 
     return Opened(source.name, layer, entry.name, layer.info, (layer,))
 
 
-def new_allocator(entry: Format, disk: Disk, target: str, options: ConvertOptions, base: Opened | None) -> Allocator:
+def _journal(
+    source: object,
+    opened: Opened,
+    base: Opened | None,
+    entry: Format,
+    disk: Disk,
+    target: str,
+    options: ConvertOptions,
+) -> Journal | None:
+    if not options.resume or options.dry_run:
+        return None
+    from diskmorph.convert.resume import Journal, facts_of, require_resumable  # noqa: PLC0415 - only with --resume
+
+    require_resumable(source, target, options)
+    return Journal(Path(target), facts_of(opened, base, entry.name, disk.size, options))
+
+
+def new_allocator(
+    entry: Format,
+    disk: Disk,
+    target: str,
+    options: ConvertOptions,
+    base: Opened | None,
+    journal: Journal | None = None,
+) -> Allocator:
     """Return the layout of the target. Raises OptionError and TargetError (too large for the format)."""
     codec, level, words = _codec(entry, options)
     name = "disk" if target == STDOUT or is_export(target) else Path(target).name
@@ -171,7 +204,7 @@ def new_allocator(entry: Format, disk: Disk, target: str, options: ConvertOption
         codec=codec,
         level=level,
         parent=_parent(target, base),
-        identity=_identity(disk, options),
+        identity=_identity(disk, options, journal),
     )
     try:
         return load(entry).new_allocator(image)
@@ -200,9 +233,9 @@ def _parent(target: str, base: Opened | None) -> NewParent | None:
     return NewParent(os.path.relpath(path, folder), base.format, base.disk.size, identity, path)
 
 
-def _identity(disk: Disk, options: ConvertOptions) -> Identity:
+def _identity(disk: Disk, options: ConvertOptions, journal: Journal | None) -> Identity:
     if not options.reproducible:
-        return Identity()
+        return Identity() if journal is None else journal.identity()
     from diskmorph.convert.digest import tree_digest  # noqa: PLC0415 - seldom needed
 
     return Identity(tree_digest(disk, threads=options.threads))

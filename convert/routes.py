@@ -174,6 +174,10 @@ def disk_converter(target: str | os.PathLike[str], options: ConvertOptions) -> C
 def _chosen(asked: Asked) -> Converter:
     for route in ROUTES:
         if route.takes(asked):
+            if asked.options.resume:
+                raise OptionError(
+                    "--resume goes on with the conversion of one disk into local image files; this is another kind"
+                )
             return cast("Converter", getattr(importlib.import_module(route.module), route.function))
     from diskmorph.convert.job import convert  # noqa: PLC0415
 

@@ -131,17 +131,19 @@ class Identity:
     """Where a new image's UUIDs, CIDs and times come from: chance and the clock, or a seed.
 
     With a `seed` (of the content, for `--reproducible`) the same seed and label give the same values, and the time is
-    SOURCE_DATE_EPOCH, or the first second of 2000 where that is not set.
+    SOURCE_DATE_EPOCH, or the first second of 2000 where that is not set. With `now` too, seed and time are a former
+    run's (of `--resume`), and values are by chance as far as anyone can tell.
     """
 
-    def __init__(self, seed: bytes | None = None) -> None:
+    def __init__(self, seed: bytes | None = None, *, now: float | None = None) -> None:
         self._seed = seed
-        self._now = time.time()
+        self._fixed = now is not None
+        self._now = time.time() if now is None else now
 
     @property
     def reproducible(self) -> bool:
         """Whether values derive from a seed."""
-        return self._seed is not None
+        return self._seed is not None and not self._fixed
 
     def bytes(self, label: str, length: int) -> bytes:
         """Return `length` bytes (at most 64) for `label`."""
@@ -160,7 +162,7 @@ class Identity:
 
     def time(self) -> float:
         """Return the seconds since 1970 that count as now."""
-        if self._seed is None:
+        if self._seed is None or self._fixed:
             return self._now
         return float(os.environ.get("SOURCE_DATE_EPOCH", "946684800"))
 

@@ -14,7 +14,7 @@ import stat
 import threading
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Self
+from typing import TYPE_CHECKING, BinaryIO, Protocol, Self
 
 from diskmorph.formats.errors import IntegrityError, TargetError
 from diskmorph.formats.marks import attach
@@ -65,20 +65,56 @@ class Member(ABC):
             offset, length = offset + count, length - count
 
 
+class Keeper(Protocol):
+    """What decides that unfinished files stay, for another try: see convert/resume.py."""
+
+    suffix: str
+
+    @property
+    def fresh(self) -> bool:
+        """Whether nothing in unfinished files is worth keeping."""
+
+    def kept(self) -> bool:
+        """Return whether unfinished files shall stay now."""
+
+    def synced(self) -> None:
+        """Take notice: all is on stable storage, names come next."""
+
+
 class FileMember(Member):
-    """A file that is being written under no name or a temporary one."""
+    """A file that is being written under no name or a temporary one.
+
+    With a `keeper` the temporary name is always the same, and what another try left there is gone on with.
+    """
 
     fresh = True
 
-    def __init__(self, directory: int, path: Path) -> None:
+    def __init__(self, directory: int, path: Path, keeper: Keeper | None = None) -> None:
         self.path = path
+        self._keeper = keeper
         self.name = str(path)
         self._directory = directory
         self._temporary: str | None = None
         # A file system lets one writer at a time into a file. Those who wait in the kernel spin, which takes a
         # processor from those who could read meanwhile; those who wait for this sleep.
         self._turn = threading.Lock()
-        self._fd = self._create()
+        self._fd = self._create() if keeper is None else self._resume(keeper)
+
+    def _resume(self, keeper: Keeper) -> int:
+        name = f".{self.path.name[:200]}.{keeper.suffix}.part"
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            fd = os.open(name, flags, 0o666, dir_fd=self._directory)
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_nlink != 1:
+                os.close(fd)
+                raise TargetError("is not an unfinished file of yours", file=str(self.path.with_name(name)))
+            if keeper.fresh:
+                os.ftruncate(fd, 0)
+        except OSError as error:
+            raise _failed(error, str(self.path.with_name(name)), "opened") from error
+        self._temporary = name
+        return fd
 
     def _create(self) -> int:
         try:
@@ -163,8 +199,9 @@ class FileMember(Member):
             self._temporary = None
 
     def close(self) -> None:
-        """Close the file; without `publish` nothing of it remains."""
-        self.discard()
+        """Close the file; without `publish` nothing of it remains, unless its keeper wants it."""
+        if self._keeper is None or not self._keeper.kept():
+            self.discard()
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -201,8 +238,16 @@ class FileTarget(Target):
     descriptor never meets new members.
     """
 
-    def __init__(self, directory: Path, names: Sequence[str], *, force: bool = False, sync: bool = True) -> None:
-        self._force, self._sync = force, sync
+    def __init__(
+        self,
+        directory: Path,
+        names: Sequence[str],
+        *,
+        force: bool = False,
+        sync: bool = True,
+        keeper: Keeper | None = None,
+    ) -> None:
+        self._force, self._sync, self._keeper = force, sync, keeper
         self._opened: list[FileMember] = []
         try:
             self._directory = os.open(directory or Path(), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -214,7 +259,7 @@ class FileTarget(Target):
             for name in names:
                 self._refuse_existing(directory / name)
             for name in names:
-                self._opened.append(FileMember(self._directory, directory / name))
+                self._opened.append(FileMember(self._directory, directory / name, keeper))
         except BaseException:
             self.close()
             raise
@@ -243,6 +288,8 @@ class FileTarget(Target):
                 member.keep_ownership_of(old)
             if self._sync:
                 member.sync()
+        if self._keeper is not None:
+            self._keeper.synced()
         aside = self._move_aside() if self._force and len(self._opened) > 1 else []
         named: list[FileMember] = []
         try:

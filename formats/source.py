@@ -93,6 +93,11 @@ class ByteSource(ABC):
     def verify_unchanged(self) -> None:  # noqa: B027 - immutable sources need nothing
         """Raise IntegrityError if the bytes may have changed since the source was opened."""
 
+    @property
+    def version(self) -> str | None:
+        """Return what changes when the content does, as far as known without reading: time of change, ETag."""
+        return None
+
     def window(self, offset: int, length: int, name: str | None = None) -> ByteSource:
         """Return the part of this source from `offset`, as a source that ends after `length` bytes."""
         return WindowSource(self, offset, length, name)
@@ -138,6 +143,11 @@ class WindowSource(ByteSource):
         self.size = length
         self._source = source
         self._offset = offset
+
+    @property
+    def version(self) -> str | None:
+        """See ByteSource."""
+        return self._source.version
 
     def pread(self, offset: int, buffer: memoryview) -> int:
         """See ByteSource."""
@@ -345,6 +355,11 @@ class FileSource(ByteSource):
     def path(self) -> Path | None:
         """See ByteSource."""
         return self._path
+
+    @property
+    def version(self) -> str | None:
+        """See ByteSource; a device's time tells nothing."""
+        return None if self._block else str(self._identity[3])
 
     @property
     def identity(self) -> tuple[int, int, int, int]:

@@ -111,6 +111,11 @@ class HttpSource(BlockSource):
         if total != str(self.size) or self._mark_of(answer) != self._mark:
             raise IntegrityError("changed on the server while it was read", file=self._url, offset=offset)
 
+    @property
+    def version(self) -> str | None:
+        """See ByteSource."""
+        return self._mark[0] or self._mark[1]
+
     def verify_unchanged(self) -> None:
         """See ByteSource."""
         if self.size:

@@ -64,6 +64,11 @@ class S3Source(BlockSource):
             )
         return data
 
+    @property
+    def version(self) -> str | None:
+        """See ByteSource."""
+        return str(self._etag)
+
     def verify_unchanged(self) -> None:
         """See ByteSource."""
         self._call("head_object", IfMatch=self._etag)

@@ -185,12 +185,13 @@ class KeptMember(FileMember):
     """An object that is kept in a file without a name until it is complete."""
 
     def __init__(self, url: str) -> None:
+        super().__init__(-1, Path(url))  # never opened by that name
         self.name = url
-        self.path = Path(url)  # for messages: it is never opened
-        self._temporary = None
+
+    def _create(self) -> int:
         try:
             with tempfile.TemporaryFile(prefix="diskmorph-") as file:
-                self._fd = os.dup(file.fileno())
+                return os.dup(file.fileno())
         except OSError as error:
             raise TargetError(
                 f"no temporary file can be made: {os.strerror(error.errno or 0)}", file=tempfile.gettempdir()
