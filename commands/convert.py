@@ -69,7 +69,7 @@ _REFUSED = (
     (("--target-is-zero",), 0, "a file is new and reads as zeroes by itself; a device is zeroed where it must be"),
     (("--image-opts",), 0, "name the file, its format with -f and its parent with --backing"),
     (("--target-image-opts",), 0, "name the file, its format with -O and its options with -o"),
-    (("--bitmaps", "--skip-broken-bitmaps"), 0, "bitmaps are listed by `diskmorph info`, but not copied"),
+    (("--bitmaps", "--skip-broken-bitmaps"), 0, "bitmaps go from qcow2 to qcow2 by themselves, where the size stays"),
     (("--object",), 1, "encrypted images are not supported yet"),
 )
 

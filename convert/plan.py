@@ -19,8 +19,11 @@ from diskmorph.formats.remote import is_export
 from diskmorph.formats.views import Slice, grown
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from diskmorph.convert.options import ConvertOptions
     from diskmorph.convert.resume import Journal
+    from diskmorph.formats.bitmaps import DirtyBitmap
     from diskmorph.formats.disk import Disk
 
 STDOUT = "-"
@@ -79,7 +82,8 @@ def make_plan(source: str | os.PathLike[str] | Disk, target: str | os.PathLike[s
         base = _open_base(options)
         disk = sized(opened.disk, options.size, profile)
         journal = _journal(source, opened, base, entry, disk, name, options)
-        allocator = new_allocator(entry, disk, name, options, base, journal)
+        bitmaps = _bitmaps(opened, disk, entry)
+        allocator = new_allocator(entry, disk, name, options, base, journal, bitmaps)
         disk = grown(disk, allocator.size)
         lost, notes = _losses(opened, disk, entry, allocator)
         notes += _ambiguity(opened, options) + changes(profile, options, name, opened.disk.size, disk.size)
@@ -166,6 +170,13 @@ def _open_alone(path: Path | str, parents: Parents, options: ConvertOptions) -> 
     return Opened(source.name, layer, entry.name, layer.info, (layer,))
 
 
+def _bitmaps(opened: Opened, disk: Disk, entry: Format) -> Sequence[DirtyBitmap]:
+    """Return the dirty bitmaps that the target can take over: those of the source's own format, the size being kept."""
+    if opened.info is None or opened.info.format != entry.name or not opened.layers:
+        return ()
+    return opened.layers[0].dirty_bitmaps if opened.layers[0].size == disk.size else ()
+
+
 def _journal(
     source: object,
     opened: Opened,
@@ -190,6 +201,7 @@ def new_allocator(
     options: ConvertOptions,
     base: Opened | None,
     journal: Journal | None = None,
+    bitmaps: Sequence[DirtyBitmap] = (),
 ) -> Allocator:
     """Return the layout of the target. Raises OptionError and TargetError (too large for the format)."""
     codec, level, words = _codec(entry, options)
@@ -205,6 +217,7 @@ def new_allocator(
         level=level,
         parent=_parent(target, base),
         identity=_identity(disk, options, journal),
+        bitmaps=bitmaps,
     )
     try:
         return load(entry).new_allocator(image)
@@ -250,8 +263,9 @@ def _losses(source: Opened, disk: Disk, entry: Format, allocator: Allocator) -> 
         names = [snapshot.name or snapshot.id for snapshot in info.snapshots]
         if names:
             lost.append(f"internal snapshots: {', '.join(names)}")
-        if info.bitmaps:
-            lost.append(f"dirty bitmaps: {', '.join(info.bitmaps)}")
+        gone = [name for name in info.bitmaps if name not in allocator.bitmaps]
+        if gone:
+            lost.append(f"dirty bitmaps: {', '.join(gone)}")
         notes.extend(info.warnings)
     if len(source.layers) > 1:
         below = ", ".join(layer.name for layer in source.layers[1:])

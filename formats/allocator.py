@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from diskmorph.formats.bitmaps import DirtyBitmap
     from diskmorph.formats.source import Buffer
 
 # A run that the pipeline asks a place for. Plain runs are any number of grains long; encoded ones are one unit each,
@@ -75,6 +76,8 @@ class Allocator(ABC):
     overlay: bool = False
     alignment: int = 512
     preallocation: str = "off"
+    bitmaps: frozenset[str] = frozenset()
+    """Names of the dirty bitmaps that the image holds too."""
 
     def begin(self) -> Iterator[Write]:
         """Yield what must precede data."""
@@ -183,6 +186,7 @@ class NewImage:
     level: int | None = None
     parent: NewParent | None = None
     identity: Identity = field(default_factory=Identity)
+    bitmaps: Sequence[DirtyBitmap] = ()
 
 
 _SUFFIXES = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "P": 1 << 50}

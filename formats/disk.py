@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from diskmorph.formats.bitmaps import DirtyBitmap
     from diskmorph.formats.source import ByteSource
 
 _CACHED_UNITS = 16
@@ -243,6 +244,11 @@ class ImageDisk(Disk):
     info: ImageInfo
     identity: Mapping[str, str]
     """What a child records of its parent: `{"cid": ...}`, `{"uuid": ...}`; keys are the format's own."""
+
+    @property
+    def dirty_bitmaps(self) -> Sequence[DirtyBitmap]:
+        """Return the dirty bitmaps that can be relied on. Raises FormatError."""
+        return ()
 
 
 def checked(disk: Disk) -> Disk:

@@ -68,9 +68,17 @@ def refcount_writes(layout: RefcountLayout, shape: Shape, packer: Packer) -> Ite
 
 
 def header_bytes(
-    shape: Shape, image: NewImage, size: int, l1_offset: int, l1_size: int, layout: RefcountLayout
+    shape: Shape,
+    image: NewImage,
+    size: int,
+    l1_offset: int,
+    l1_size: int,
+    layout: RefcountLayout,
+    bitmaps: bytes | None = None,
 ) -> bytes:
     """Return the header with its extensions and the backing file's name: part of the first cluster.
+
+    `bitmaps` is the data of the bitmaps extension.
 
     Raises TargetError where the name does not fit.
     """
@@ -78,6 +86,7 @@ def header_bytes(
     backing = image.parent.name.encode("utf-8", "surrogateescape") if image.parent is not None else b""
     start = s.V2_LENGTH if shape.version == 2 else s.WRITTEN_LENGTH
     middle = _extension(s.EXT_BACKING_FORMAT, _backing_format(image)) if image.parent is not None else b""
+    middle += _extension(s.EXT_BITMAPS, bitmaps) if bitmaps is not None else b""
     names = _extension(s.EXT_FEATURE_NAMES, _feature_names()) if shape.version >= 3 else b""
     if start + len(middle + names + tail + backing) > shape.cluster:
         names = b""  # they only explain; QEMU leaves them out of small clusters too
@@ -108,16 +117,16 @@ def header_bytes(
             "snapshot_offset": 0,
         }
     )
-    return head + _version_3(shape) + middle + backing
+    return head + _version_3(shape, s.AUTOCLEAR_BITMAPS if bitmaps is not None else 0) + middle + backing
 
 
-def _version_3(shape: Shape) -> bytes:
+def _version_3(shape: Shape, autoclear: int) -> bytes:
     if shape.version == 2:
         return b""
     features = {
         "incompatible": s.COMPRESSION * shape.zstd | s.EXTENDED_L2 * shape.extended,
         "compatible": s.LAZY_REFCOUNTS * shape.lazy,
-        "autoclear": 0,
+        "autoclear": autoclear,
         "refcount_order": shape.refcount_bits.bit_length() - 1,
         "header_length": s.WRITTEN_LENGTH,
     }

@@ -164,6 +164,9 @@ class BitmapEntry:
     table_size: int
     flags: int
     offset: int
+    type: int
+    granularity_bits: int
+    extra: int
 
 
 def read_bitmaps(source: ByteSource, header: Header, limits: Limits) -> list[BitmapEntry]:
@@ -200,7 +203,18 @@ def read_bitmaps(source: ByteSource, header: Header, limits: Limits) -> list[Bit
                 found=length,
             )
         name = data[at + length - int(raw.name_size) : at + length].decode("utf-8", "replace")
-        entries.append(BitmapEntry(name, int(raw.table_offset), int(raw.table_size), int(raw.flags), offset + at))
+        entries.append(
+            BitmapEntry(
+                name,
+                table_offset=int(raw.table_offset),
+                table_size=int(raw.table_size),
+                flags=int(raw.flags),
+                offset=offset + at,
+                type=int(raw.type),
+                granularity_bits=int(raw.granularity_bits),
+                extra=int(raw.extra_size),
+            )
+        )
         at += -(-length // 8) * 8
     if len(entries) != header.extensions.bitmap_count:
         raise _bad(

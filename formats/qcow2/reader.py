@@ -11,6 +11,7 @@ from diskmorph.formats.disk import ImageDisk, ImageInfo, ParentRef
 from diskmorph.formats.errors import DiskmorphError, FormatError, PolicyError, SourceError, UnsupportedError
 from diskmorph.formats.extents import ABSENT, DATA, HOLE, PLAIN, clip, row
 from diskmorph.formats.qcow2 import schema as s
+from diskmorph.formats.qcow2.bitmaps import usable
 from diskmorph.formats.qcow2.extensions import read_bitmaps, read_snapshots
 from diskmorph.formats.qcow2.header import Header, Place, bad, read_header, require_table
 from diskmorph.formats.qcow2.tables import Judge, L2Reader, chunks, l2_offsets, read_l1
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from diskmorph.formats.bitmaps import DirtyBitmap
     from diskmorph.formats.qcow2.extensions import SnapshotEntry
     from diskmorph.formats.registry import OpenContext
     from diskmorph.formats.source import ByteSource
@@ -38,6 +40,7 @@ class Qcow2Disk(ImageDisk):
         self._header = header = read_header(source, context.limits)
         snapshots = read_snapshots(source, header)
         chosen = _choose(snapshots, context.snapshot, source)
+        self._snapshot = chosen is not None
         self.size = header.size if chosen is None else chosen.info.virtual_size
         self.name = source.name
         self.identity = {}
@@ -53,6 +56,14 @@ class Qcow2Disk(ImageDisk):
             self._judge.end = self.files[1].size
         self._l1: NDArray[np.uint64] | None = None
         self._lock = threading.Lock()
+
+    @property
+    def dirty_bitmaps(self) -> tuple[DirtyBitmap, ...]:
+        """See ImageDisk; none of an internal snapshot, whose content they do not tell of."""
+        if self._snapshot or not self.info.bitmaps:
+            return ()
+        entries = read_bitmaps(self._source, self._header, self._limits)
+        return usable(self._source, self._header, entries, self._limits)
 
     @property
     def header(self) -> Header:

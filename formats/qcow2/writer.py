@@ -14,6 +14,7 @@ from diskmorph.formats.allocator import PLACED, Allocator, NewImage, Write
 from diskmorph.formats.errors import OptionError
 from diskmorph.formats.extents import DATA, HOLE, PLAIN, ZERO
 from diskmorph.formats.qcow2 import schema as s
+from diskmorph.formats.qcow2.bitmaps import NewBitmaps
 from diskmorph.formats.qcow2.building import RefcountLayout, header_bytes, refcount_writes
 from diskmorph.formats.qcow2.options import read_shape
 from diskmorph.formats.qcow2.packing import Packer
@@ -45,6 +46,13 @@ class Qcow2Allocator(Allocator):
         self.preallocation = shape.preallocation
         self._header_room = header_bytes(shape, image, self.size, 0, 0, RefcountLayout(0, 0, 0, 0))
         self._image = image
+        self._bitmaps: NewBitmaps | None = None
+        if image.bitmaps and shape.version >= 3 and image.size == self.size:
+            self._bitmaps = NewBitmaps(image.bitmaps, shape.cluster)
+            self.bitmaps = frozenset(bitmap.name for bitmap in image.bitmaps)
+            self._header_room = header_bytes(
+                shape, image, self.size, 0, 0, RefcountLayout(0, 0, 0, 0), self._bitmaps.extension(0)
+            )
         self._next = shape.cluster
         self._l1 = np.zeros(max(-(-self.size // shape.coverage), 1), s.ENTRY)
         self._pending = Pending(shape.grain)
@@ -173,13 +181,19 @@ class Qcow2Allocator(Allocator):
         """See Allocator: remaining L2 tables, L1 table, refcounts, the header last."""
         self._seal(-(-self.size // self._group))
         yield from self._tables()
+        bitmaps_at = self._next
+        if self._bitmaps is not None:
+            yield from self._bitmaps.writes(bitmaps_at)
+            self._next += self._bitmaps.room()
         l1_offset = self._next
         self._next += self._l1_room()
         yield Write(0, l1_offset, self._l1.tobytes())
         layout = RefcountLayout.after(self._next, self._shape)
         yield from refcount_writes(layout, self._shape, self._packer)
         self._final = layout.end
-        yield Write(0, 0, header_bytes(self._shape, self._image, self.size, l1_offset, len(self._l1), layout))
+        words = (self._shape, self._image, self.size, l1_offset, len(self._l1), layout)
+        extension = None if self._bitmaps is None else self._bitmaps.extension(bitmaps_at)
+        yield Write(0, 0, header_bytes(*words, extension))
 
     def _l1_room(self) -> int:
         return -(-len(self._l1) * 8 // self._shape.cluster) * self._shape.cluster
@@ -191,7 +205,8 @@ class Qcow2Allocator(Allocator):
         grains = self._shape.coverage // self._shape.grain
         groups = self._pending.touched(self._open, len(self._l1), self._group // self._shape.grain, grains)
         tables = sum(len(used) for _, used in groups) * self._shape.cluster
-        return (RefcountLayout.after(self._next + tables + self._l1_room(), self._shape).end,)
+        bitmaps = 0 if self._bitmaps is None else self._bitmaps.room()
+        return (RefcountLayout.after(self._next + tables + bitmaps + self._l1_room(), self._shape).end,)
 
 
 def _within(runs: NDArray[np.void], start: int, stop: int) -> NDArray[np.void]:
