@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Give an overlay another parent. Only its metadata is changed, after it was found to show the same content on the new
 parent. With -o a new overlay is written instead, which keeps the content whatever the parents hold; with --flatten a
-new image without a parent. A qcow2, VMDK or VDI is changed in place; others need -o."""
+new image without a parent."""
 
 EXAMPLES = (
     ("diskmorph rebase top.qcow2 -b copy-of-base.qcow2 --allow-parent .", "the parent was moved or converted"),

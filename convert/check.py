@@ -136,6 +136,8 @@ def patch_in_place(source: FileSource, entry: Format, patches: Sequence[Patch], 
 def _apply(fd: int, path: Path, patches: Sequence[Patch]) -> None:
     try:
         for patch in patches:
+            if patch.sync:
+                os.fsync(fd)
             view, at = memoryview(patch.data), patch.offset
             while view:
                 count = os.pwrite(fd, view, at)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     OnProgress = Callable[[Progress], None] | None
 
-IN_PLACE = ("qcow2", "vmdk", "vdi")
+IN_PLACE = ("qcow2", "vmdk", "vdi", "vhd", "vhdx")
 """Formats whose parent can be changed in the image itself."""
 
 

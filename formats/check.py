@@ -23,11 +23,15 @@ class Finding:
 
 
 class Patch(NamedTuple):
-    """Bytes to be written at `offset` of the image file as a repair; `why` stands in the journal."""
+    """Bytes to be written at `offset` of the image file as a repair; `why` stands in the journal.
+
+    `sync`: what comes before must be on stable storage first.
+    """
 
     offset: int
     data: bytes
     why: str
+    sync: bool = False
 
 
 @dataclass(slots=True)

@@ -6,6 +6,13 @@ from pathlib import Path
 import pytest
 from clikit import dm
 
+from diskmorph.formats.allocator import NewParent
+from diskmorph.formats.limits import Limits
+from diskmorph.formats.policy import Opener, Parents
+from diskmorph.formats.registry import OpenContext
+from diskmorph.formats.vhdx import open_image
+from diskmorph.formats.vhdx.rebase import parent_patches
+
 from testkit import MIB, data, run
 
 
@@ -31,7 +38,7 @@ def make(kind: str, **words: str) -> None:
     dm("convert", "top.raw", f"top.{kind}", "-B", f"base.{kind}", *options).ok()
 
 
-@pytest.mark.parametrize("kind", ["qcow2", "vmdk", "vdi"])
+@pytest.mark.parametrize("kind", ["qcow2", "vmdk", "vdi", "vhd", "vhdx"])
 def test_in_place(kind: str):
     make(kind)
     before = Path(f"top.{kind}").stat().st_size
@@ -46,7 +53,7 @@ def test_in_place(kind: str):
     Path(f"base.{kind}").unlink()
     assert dm("compare", "top.raw", f"top.{kind}", "--allow-parent", ".").status == 0
     assert dm("check", f"top.{kind}").status == 0
-    if kind != "vdi":
+    if kind in {"qcow2", "vmdk"}:  # the others' parents are not opened by qemu-img
         run("qemu-img", "compare", "-f", "raw", "-F", kind, "top.raw", f"top.{kind}")
     assert not [name for name in os.listdir() if "journal" in name]
 
@@ -101,3 +108,60 @@ def test_bad_words():
     ):
         assert dm("rebase", *words, "--allow-parent", ".").status == 2, words
     assert dm("rebase", "base.qcow2", "-b", "other.qcow2", "--unsafe").status == 1
+
+
+def test_a_vhds_long_name_moves_the_footer():
+    make("vhd")
+    folder = Path("x" * 200, "y" * 200)
+    folder.mkdir(parents=True)
+    parent = folder / f"{'z' * 200}.vhd"
+    Path("base.vhd").rename(parent)
+    dm("rebase", "top.vhd", "-b", parent, "--unsafe", "--allow-parent", ".").ok()
+    assert dm("compare", "top.raw", "top.vhd", "--allow-parent", ".").status == 0
+    assert dm("check", "top.vhd").status == 0
+    raw = Path("top.vhd").read_bytes()
+    assert raw[-512:] == raw[:512]
+    info = run("vhdiinfo", "top.vhd").stdout
+    assert "z" * 100 in info
+
+
+def test_a_vhdx_is_whole_wherever_it_breaks_off():
+    make("vhdx")
+    same = "same-with-a-longer-name.vhdx"
+    before = Path("top.vhdx").read_bytes()
+    opener = Opener(Parents(allow=(Path(),)), Limits())
+    with opener.user_file(same) as source, open_image(source, OpenContext(opener, Limits())) as base:
+        parent = NewParent(same, "vhdx", base.size, base.identity)
+    with opener.user_file("top.vhdx") as source:
+        patches = parent_patches(source, parent)
+    assert sum(patch.sync for patch in patches) == 3
+    found = []
+    for count in range(len(patches) + 1):
+        for torn in (False, True):
+            image = bytearray(before)
+            for number, patch in enumerate(patches[:count]):
+                data = patch.data if not torn or number < count - 1 else patch.data[: len(patch.data) // 2]
+                image[patch.offset : patch.offset + len(data)] = data
+            Path("torn.vhdx").write_bytes(image)
+            names = dm("info", "--json", "torn.vhdx").ok().json["parent"]["names"]
+            assert names[0] in {"base.vhdx", same}, (count, torn)
+            found.append(names[0])
+            assert dm("compare", "top.raw", "torn.vhdx", "--allow-parent", ".").status == 0
+    assert found == sorted(found)  # the old one, then the new one
+    run("vhdiinfo", "torn.vhdx")
+    assert dm("check", "torn.vhdx").status == 0
+
+
+def test_a_vhdx_that_was_not_closed_is_left_alone():
+    make("vhdx")
+    opener = Opener(Parents(), Limits())
+    with opener.user_file("base.vhdx") as source, open_image(source, OpenContext(opener, Limits())) as base:
+        parent = NewParent("base.vhdx", "vhdx", base.size, base.identity)
+    with opener.user_file("top.vhdx") as source:
+        patches = parent_patches(source, parent)
+    with Path("top.vhdx").open("r+b") as file:
+        for patch in patches[:2]:
+            file.seek(patch.offset)
+            file.write(patch.data)
+    done = dm("rebase", "top.vhdx", "-b", "base.vhdx", "--allow-parent", ".")
+    assert done.status == 1 and "not closed" in done.err
