@@ -79,14 +79,15 @@ def parents_of(args: argparse.Namespace) -> Parents:
         allow=tuple(Path(directory) for directory in args.allow_parent),
         backing=Path(args.backing) if args.backing else None,
         shared=args.force_share,
-        passphrase=_passphrase(args.passphrase_file),
+        passphrase=passphrase_of(args.passphrase_file),
     )
 
 
 _MOST_PASSPHRASE = 8 << 20
 
 
-def _passphrase(path: str | None) -> bytes | None:
+def passphrase_of(path: str | None) -> bytes | None:
+    """Return what a file holds, without a newline at its end."""
     if path is None:
         return None
     with open(path, "rb") as file:  # noqa: PTH123 - a pipe will do as well

@@ -15,6 +15,7 @@ from diskmorph.commands.common import (
     asks_for_help,
     format_options,
     parents_of,
+    passphrase_of,
     size_of,
 )
 
@@ -48,6 +49,7 @@ EXAMPLES = (
     ("diskmorph convert --size 20G disk.raw disk.vdi", "grown on the way"),
     ("diskmorph convert --verify --digest disk.vhdx disk.qcow2", "read back, and hashed"),
     ("diskmorph convert --resume big.vmdk big.qcow2", "can be interrupted, and goes on when said again"),
+    ("diskmorph convert -o encrypt.format=luks --passphrase-file key disk.raw safe.qcow2", "encrypted"),
     ("diskmorph convert --dry-run disk.qcow2 disk.vmdk", "what would happen, and what would be lost"),
     ("diskmorph convert disk.qcow2 s3://bucket/disk.raw", "to an object in S3; also nbd://host/export"),
     ("diskmorph convert --device disk.qcow2 /dev/sdX", "onto a block device, in place"),
@@ -70,7 +72,7 @@ _REFUSED = (
     (("--image-opts",), 0, "name the file, its format with -f and its parent with --backing"),
     (("--target-image-opts",), 0, "name the file, its format with -O and its options with -o"),
     (("--bitmaps", "--skip-broken-bitmaps"), 0, "bitmaps go from qcow2 to qcow2 by themselves, where the size stays"),
-    (("--object",), 1, "encrypted images are not supported yet"),
+    (("--object",), 1, "give the passphrase with --passphrase-file or --target-passphrase-file"),
 )
 
 
@@ -103,6 +105,11 @@ def _add_shape(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--compress", metavar="CODEC[:LEVEL]", help="compress by deflate or zstd")
     group.add_argument("-B", dest="base", metavar="BASE", help="write only what differs from BASE, as an overlay on it")
     group.add_argument("-F", dest="base_format", metavar="FMT", help="the format of BASE (default: by its content)")
+    group.add_argument(
+        "--target-passphrase-file",
+        metavar="FILE",
+        help="what opens the target, with -o encrypt.format=luks (default: the source's passphrase)",
+    )
     group.add_argument("--label", metavar="LABEL", help="the volume's label, of an ISO")
     group.add_argument("--size", metavar="SIZE", help="another virtual size; data is never cut off")
     group.add_argument("-S", dest="zero_unit", metavar="SIZE", default="4k", help="unit of zero detection; 0: off")
@@ -182,6 +189,7 @@ def options_of(args: argparse.Namespace) -> ConvertOptions:
         dry_run=args.dry_run,
         device=args.device,
         resume=args.resume,
+        target_passphrase=passphrase_of(args.target_passphrase_file),
         keep_chain=args.keep_chain,
         also=tuple(args.also),
         label=args.label,

@@ -77,7 +77,7 @@ def run(
     """
     allocator = transfer.allocator
     members = target.members if target is not None else ()
-    writer = Writer(members) if target is not None else None
+    writer = Writer(members, allocator.seal if allocator.encrypted else None) if target is not None else None
     ways = _ways(transfer, writer)
     total = transfer.disk.size
 
@@ -148,7 +148,7 @@ def _ways(transfer: Transfer, writer: Writer | None) -> Ways:
         zero_unit=fine if transfer.holes else transfer.zero_unit,  # lengths of zero runs depend on the extents
         zero_kind=HOLE if transfer.holes and not allocator.overlay else ZERO,
         ordered=allocator.sequential and streams,
-        dense=writer is not None and not writer.fresh,
+        dense=writer is not None and (allocator.encrypted or not writer.fresh),
         capacity=capacity,
         stride=max(_STRIDE, unit) if transfer.holes else 0,
     )
@@ -180,6 +180,7 @@ def _may_clone(transfer: Transfer, folder: Path | None) -> bool:
         folder is not None
         and aligned
         and allocator.codec == PLAIN
+        and not allocator.encrypted
         and transfer.base is None
         and transfer.zero_unit > 0
         and not transfer.holes

@@ -14,7 +14,7 @@ from diskmorph.formats.errors import DiskmorphError, SourceError
 from diskmorph.formats.extents import DATA, PLAIN, stops
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from numpy.typing import NDArray
 
@@ -144,8 +144,9 @@ class Reader:
 class Writer:
     """Writes to a target's members. Thread-safe where they are."""
 
-    def __init__(self, members: Sequence[Member]) -> None:
+    def __init__(self, members: Sequence[Member], seal: Callable[[int, Buffer], Buffer] | None = None) -> None:
         self.members = members
+        self._seal = seal
         self.fresh = all(member.fresh for member in members)
 
     def tables(self, writes: Iterable[Write]) -> None:
@@ -171,7 +172,8 @@ class Writer:
         for number, to, begin, count in zip(
             member.tolist(), offset.tolist(), at.tolist(), length.tolist(), strict=True
         ):
-            self.members[number].write(to, buffer[begin : begin + count])
+            data: Buffer = buffer[begin : begin + count]
+            self.members[number].write(to, data if self._seal is None else self._seal(to, data))
 
     def strings(self, member: Sequence[int], offset: Sequence[int], data: Sequence[Buffer]) -> None:
         """Write byte strings; those that continue each other go as one."""

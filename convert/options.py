@@ -38,6 +38,7 @@ class ConvertOptions:
     - `zero_unit`: unit of zero detection (`-S`); 0 writes everything, holes included.
     - `profile`: a target's name (`--for azure`).
     - `digest`, `verify`, `reproducible`, `sync`, `force`, `dry_run`, `device`: as on the command line.
+    - `target_passphrase`: what an encrypted target (`encrypt.format=luks`) is opened with; else the source's.
     - `resume`: keep a journal beside the target, and go on where one that is there stops.
     - `keep_chain`: each layer of a chain becomes a file of its own, instead of one disk of all.
     - `also`: further targets of the same read; their formats are said by their suffixes.
@@ -66,6 +67,7 @@ class ConvertOptions:
     dry_run: bool = False
     device: bool = False
     resume: bool = False
+    target_passphrase: bytes | None = field(default=None, repr=False)
     keep_chain: bool = False
     also: tuple[str, ...] = ()
     label: str | None = None

@@ -218,6 +218,7 @@ def new_allocator(
         parent=_parent(target, base),
         identity=_identity(disk, options, journal),
         bitmaps=bitmaps,
+        passphrase=options.target_passphrase or options.parents.passphrase,
     )
     try:
         return load(entry).new_allocator(image)

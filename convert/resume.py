@@ -66,6 +66,8 @@ def require_resumable(source: object, target: str, options: ConvertOptions) -> N
     """Raise OptionError for what cannot be resumed."""
     if source == "-" or target == "-":
         raise OptionError("--resume needs files: what went through a pipe is gone")
+    if "encrypt.format" in options.format_options:
+        raise OptionError("--resume would have to keep the key of an encrypted target in its journal")
     if options.device:
         raise OptionError("--resume writes beside the target's name; a device has none beside it")
 

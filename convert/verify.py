@@ -67,7 +67,8 @@ def verify(
             member.resize(size)
     descriptors = {Path(member.name).name: member.fileno() or 0 for member in members}
     backing = Path(plan.base.name) if plan.base is not None else None
-    parents = Parents(plan.options.parents.allow, backing, shared=True)
+    passphrase = plan.options.target_passphrase or plan.options.parents.passphrase
+    parents = Parents(plan.options.parents.allow, backing, shared=True, passphrase=passphrase)
     opener = _TargetOpener(parents, plan.options.limits, members=descriptors)
     first = _Unnamed(members[0].fileno() or 0, Path(members[0].name))
     with open_source("", format=plan.format.name, limits=plan.options.limits, opener=opener, source=first) as written:

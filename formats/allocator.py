@@ -78,6 +78,8 @@ class Allocator(ABC):
     preallocation: str = "off"
     bitmaps: frozenset[str] = frozenset()
     """Names of the dirty bitmaps that the image holds too."""
+    encrypted: bool = False
+    """Whether data is written as `seal` returns it, the zeroes in stored units too."""
 
     def begin(self) -> Iterator[Write]:
         """Yield what must precede data."""
@@ -94,6 +96,11 @@ class Allocator(ABC):
         """
         del start
         return payload
+
+    def seal(self, offset: int, data: Buffer) -> Buffer:
+        """Return data as it is stored at `offset` of the file; from any thread, after `begin`."""
+        del offset
+        return data
 
     def settle(self, upto: int) -> Iterator[Write]:
         """Yield tables that no later place can change, every range before disk offset `upto` being placed."""
@@ -187,6 +194,7 @@ class NewImage:
     parent: NewParent | None = None
     identity: Identity = field(default_factory=Identity)
     bitmaps: Sequence[DirtyBitmap] = ()
+    passphrase: bytes | None = None
 
 
 _SUFFIXES = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "P": 1 << 50}

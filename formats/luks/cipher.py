@@ -40,13 +40,21 @@ class SectorCipher:
 
     def decrypt(self, data: memoryview, number: int) -> bytes:
         """Return whole sectors decrypted, the first one having this number (of 512 bytes)."""
+        return self._each(data, number, encrypt=False)
+
+    def encrypt(self, data: memoryview, number: int) -> bytes:
+        """Return whole sectors encrypted, the first one having this number (of 512 bytes)."""
+        return self._each(data, number, encrypt=True)
+
+    def _each(self, data: memoryview, number: int, *, encrypt: bool) -> bytes:
         from cryptography.hazmat.primitives.ciphers import Cipher, modes  # noqa: PLC0415
 
         out = bytearray()
         for at in range(0, len(data), self.sector):
             iv = self._vector(number + at // 512)
             mode = modes.XTS(iv) if self._mode == "xts" else modes.CBC(iv)
-            stream = Cipher(self._algorithm, mode).decryptor()
+            cipher = Cipher(self._algorithm, mode)
+            stream = cipher.encryptor() if encrypt else cipher.decryptor()
             out += stream.update(data[at : at + self.sector])
         return bytes(out)
 

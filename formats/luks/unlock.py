@@ -82,11 +82,12 @@ def merged(material: bytes, size: int, stripes: int, name: str) -> bytes:
         stripe = material[number * size : (number + 1) * size]
         key = bytes(a ^ b for a, b in zip(key, stripe, strict=True))
         if number < stripes - 1:
-            key = _diffused(key, name)
+            key = diffused(key, name)
     return key
 
 
-def _diffused(key: bytes, name: str) -> bytes:
+def diffused(key: bytes, name: str) -> bytes:
+    """Return the key with every bit spread over its block of the hash's length (LUKS1 2.4)."""
     length = hashlib.new(name).digest_size
     parts = [
         hashlib.new(name, at.to_bytes(4, "big") + key[at * length : (at + 1) * length]).digest()

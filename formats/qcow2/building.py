@@ -67,6 +67,13 @@ def refcount_writes(layout: RefcountLayout, shape: Shape, packer: Packer) -> Ite
     yield Write(0, layout.table_offset(cluster), table.astype(s.ENTRY).tobytes())
 
 
+def luks_size() -> int:
+    """Return the bytes of a LUKS header with its key slots, which lies in the second cluster and those behind it."""
+    from diskmorph.formats.luks.making import SIZE  # noqa: PLC0415 - encrypted images only
+
+    return SIZE
+
+
 def header_bytes(
     shape: Shape,
     image: NewImage,
@@ -86,6 +93,8 @@ def header_bytes(
     backing = image.parent.name.encode("utf-8", "surrogateescape") if image.parent is not None else b""
     start = s.V2_LENGTH if shape.version == 2 else s.WRITTEN_LENGTH
     middle = _extension(s.EXT_BACKING_FORMAT, _backing_format(image)) if image.parent is not None else b""
+    if shape.luks:
+        middle += _extension(s.EXT_CRYPTO, s.CRYPTO.build({"offset": shape.cluster, "length": luks_size()}))
     middle += _extension(s.EXT_BITMAPS, bitmaps) if bitmaps is not None else b""
     names = _extension(s.EXT_FEATURE_NAMES, _feature_names()) if shape.version >= 3 else b""
     if start + len(middle + names + tail + backing) > shape.cluster:
@@ -108,7 +117,7 @@ def header_bytes(
             "backing_length": len(backing),
             "cluster_bits": shape.cluster.bit_length() - 1,
             "size": size,
-            "crypt_method": 0,
+            "crypt_method": s.CRYPT_LUKS if shape.luks else 0,
             "l1_size": l1_size,
             "l1_offset": l1_offset,
             "refcount_offset": layout.table_offset(shape.cluster),

@@ -21,6 +21,8 @@ OPTIONS = (
     Option("compression_type", "zlib|zstd", "zlib", "how compressed clusters are encoded (zstd: QEMU 5.1)"),
     Option("lazy_refcounts", "on|off", "off", "let QEMU postpone refcount updates"),
     Option("preallocation", "off|metadata|falloc|full", "off", "give every cluster a place; reserve or write the room"),
+    Option("encrypt.format", "luks", "", "encrypt by LUKS (AES-256 in XTS mode); needs a passphrase"),
+    Option("encrypt.iter-time", "MILLISECONDS", "2000", "how long a try of the passphrase shall take"),
 )
 SUBFORMATS = ("v2", "v3")
 _COMPAT = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
@@ -38,6 +40,8 @@ class Shape:
     lazy: bool
     preallocation: str
     codec: int
+    luks: int = 0
+    """Milliseconds that deriving the key shall take, 0: not encrypted."""
 
     @property
     def entry_size(self) -> int:
@@ -69,12 +73,14 @@ def read_shape(image: NewImage) -> Shape:
     bits = int(options.text("refcount_bits", "16", tuple(str(1 << order) for order in range(7))))
     compression = options.text("compression_type", "", ("", *s.COMPRESSIONS))
     lazy = options.flag("lazy_refcounts")
+    luks = options.text("encrypt.format", "", ("", "luks"))
+    wait = options.size("encrypt.iter-time", 2000, least=1, most=60_000, power_of_two=False)
     preallocation = options.text("preallocation", "off", ("off", "metadata", "falloc", "full"))
     _refuse_others(image)
     options.done()
     codec = _codec(image.codec, compression)
     zstd = compression == "zstd" or codec == ZSTD
-    shape = Shape(version, cluster, extended, bits, zstd, lazy, preallocation, codec)
+    shape = Shape(version, cluster, extended, bits, zstd, lazy, preallocation, codec, wait if luks else 0)
     _judge(shape, image)
     return shape
 
@@ -96,7 +102,18 @@ def _codec(asked: int | None, compression: str) -> int:
     return ZSTD if compression == "zstd" else asked
 
 
+def _judge_encryption(shape: Shape, image: NewImage) -> None:
+    if shape.codec != PLAIN or shape.preallocation != "off" or shape.version < 3:
+        raise OptionError("encrypt.format=luks goes neither with compression nor preallocation nor compat=0.10")
+    if image.passphrase is None:
+        raise OptionError("encrypt.format=luks needs a passphrase", hint="give it with --target-passphrase-file FILE")
+    if image.identity.reproducible:
+        raise OptionError("encrypt.format=luks contradicts --reproducible: keys are by chance")
+
+
 def _judge(shape: Shape, image: NewImage) -> None:
+    if shape.luks:
+        _judge_encryption(shape, image)
     if shape.version < 3:
         late = {
             "compression_type=zstd": shape.zstd,

@@ -15,7 +15,7 @@ from diskmorph.formats.errors import OptionError
 from diskmorph.formats.extents import DATA, HOLE, PLAIN, ZERO
 from diskmorph.formats.qcow2 import schema as s
 from diskmorph.formats.qcow2.bitmaps import NewBitmaps
-from diskmorph.formats.qcow2.building import RefcountLayout, header_bytes, refcount_writes
+from diskmorph.formats.qcow2.building import RefcountLayout, header_bytes, luks_size, refcount_writes
 from diskmorph.formats.qcow2.options import read_shape
 from diskmorph.formats.qcow2.packing import Packer
 from diskmorph.formats.qcow2.pending import PENDING, Pending, extended_entries, standard_entries
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
+
+    from diskmorph.formats.luks.cipher import SectorCipher
+    from diskmorph.formats.source import Buffer
 
 _U = np.uint64
 _BATCH = 4 << 20
@@ -54,6 +57,10 @@ class Qcow2Allocator(Allocator):
                 shape, image, self.size, 0, 0, RefcountLayout(0, 0, 0, 0), self._bitmaps.extension(0)
             )
         self._next = shape.cluster
+        self._cipher: SectorCipher | None = None
+        self.encrypted = bool(shape.luks)
+        if self.encrypted:
+            self._next += -(-luks_size() // shape.cluster) * shape.cluster
         self._l1 = np.zeros(max(-(-self.size // shape.coverage), 1), s.ENTRY)
         self._pending = Pending(shape.grain)
         self._packer = Packer(shape.cluster, shape.refcount_bits)
@@ -61,6 +68,20 @@ class Qcow2Allocator(Allocator):
         self._open = 0  # the group that is being placed; those before have places for their tables
         self._sealed: list[tuple[int, int, NDArray[np.int64]]] = []
         self._final: int | None = None
+
+    def begin(self) -> Iterator[Write]:
+        """See Allocator: the LUKS header, whose key encrypts what follows."""
+        if self._shape.luks and self._image.passphrase is not None:
+            from diskmorph.formats.luks.making import new_header  # noqa: PLC0415 - encrypted images only
+
+            made = new_header(self._image.passphrase, self._shape.luks)
+            self._cipher = made.cipher
+            yield Write(0, self._shape.cluster, made.data)
+
+    def seal(self, offset: int, data: Buffer) -> Buffer:
+        """See Allocator: the tweak is the sector in the file."""
+        assert self._cipher is not None  # noqa: S101 - `begin` came first
+        return self._cipher.encrypt(memoryview(data).cast("B"), offset // 512)
 
     def place(self, runs: NDArray[np.void]) -> NDArray[np.void]:
         """See Allocator: plain clusters in the order of the runs, then compressed ones packed byte by byte."""

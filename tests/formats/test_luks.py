@@ -100,3 +100,52 @@ def test_what_is_refused():
     with pytest.raises(FormatError):
         diskmorph.open_disk("disk.raw", format="luks", parents=Parents(passphrase=b"x"))
     assert "passphrase" not in repr(Parents(passphrase=b"secret"))
+
+
+@pytest.mark.parametrize("words", ["cluster_size=64K", "cluster_size=4K", "extended_l2=on"])
+def test_qcow2_is_encrypted(words: str):
+    Path("few.raw").write_bytes(bytes(65536) + b"x" * 512 + bytes(300_000) + data("few", 1000) + bytes(5 * MIB - 40))
+    for name in ("disk.raw", "few.raw"):
+        dm("convert", "-o", f"{words},encrypt.format=luks,encrypt.iter-time=20", "--passphrase-file", "line", "--verify",
+           "--force", name, "e.qcow2").ok()  # fmt: skip
+        assert dm("compare", name, "e.qcow2", "--passphrase-file", "pass").status == 0
+        image = "driver=qcow2,file.filename=e.qcow2,encrypt.key-secret=s"
+        run("qemu-img", "convert", *QEMU, "--image-opts", image, "-O", "raw", "back.raw")
+        got = Path("back.raw").read_bytes()
+        want = Path(name).read_bytes()
+        assert got[: len(want)] == want and not got[len(want) :].strip(b"\0")
+        run("qemu-img", "check", *QEMU, "--image-opts", image)
+        assert dm("check", "e.qcow2").status == 0
+        run("qemu-io", *QEMU, "--image-opts", image, "-c", "write -P 5 2M 64k", "-c", "read -P 5 2M 64k")
+        run("qemu-img", "check", *QEMU, "--image-opts", image)
+    raw = Path("e.qcow2").read_bytes()
+    assert data("few", 64) not in raw and b"x" * 512 not in raw
+
+
+def test_passphrases_of_source_and_target_differ():
+    words = ("-o", "encrypt.format=luks,encrypt.iter-time=20")
+    dm("convert", *words, "--passphrase-file", "pass", "disk.raw", "one.qcow2").ok()
+    dm(
+        "convert", *words, "--passphrase-file", "pass", "--target-passphrase-file", "wrong", "one.qcow2", "two.qcow2"
+    ).ok()
+    assert dm("compare", "disk.raw", "two.qcow2", "--passphrase-file", "wrong").status == 0
+    assert dm("compare", "disk.raw", "two.qcow2", "--passphrase-file", "pass").status == 1
+    assert (
+        Path("one.qcow2").read_bytes()[65536 + 4096 :][:4096] != Path("two.qcow2").read_bytes()[65536 + 4096 :][:4096]
+    )
+
+
+def test_what_cannot_be_encrypted_is_refused():
+    words = ("-o", "encrypt.format=luks", "disk.raw", "e.qcow2")
+    done = dm("convert", *words)
+    assert done.status != 0 and "--target-passphrase-file" in done.err
+    for more in (("-c",), ("--reproducible",), ("--resume",), ("-o", "preallocation=full"), ("-o", "compat=0.10")):
+        assert dm("convert", *more, *words, "--passphrase-file", "pass").status != 0, more
+    assert not list(Path().glob("*e.qcow2*"))
+
+
+def test_trying_a_passphrase_takes_time():
+    from diskmorph.formats.luks import making, schema
+
+    quick, slow = (schema.HEADER1.parse(making.new_header(b"p", ms).data).slots[0].iterations for ms in (20, 200))
+    assert quick >= 1000 and slow > 3 * quick
