@@ -72,7 +72,7 @@ _REFUSED = (
     (("--image-opts",), 0, "name the file, its format with -f and its parent with --backing"),
     (("--target-image-opts",), 0, "name the file, its format with -O and its options with -o"),
     (("--bitmaps", "--skip-broken-bitmaps"), 0, "bitmaps go from qcow2 to qcow2 by themselves, where the size stays"),
-    (("--object",), 1, "give the passphrase with --passphrase-file or --target-passphrase-file"),
+    (("--object",), 1, "encrypted images are opened with --passphrase-file and made with --target-passphrase-file"),
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,20 @@ class Qcow2Disk(ImageDisk):
             self._judge.end = self.files[1].size
         self._l1: NDArray[np.uint64] | None = None
         self._lock = threading.Lock()
+        self._aes = False
+        self._open_legacy(context)
+
+    def _open_legacy(self, context: OpenContext) -> None:
+        """Let plain data be read from a second source, decrypted, which is addressed by disk offset."""
+        passphrase = context.opener.parents.passphrase
+        if self._header.encryption != "AES" or passphrase is None or len(self.files) > 1:
+            return
+        from diskmorph.formats.qcow2.legacy import decrypted  # noqa: PLC0415 - encrypted images only
+
+        self._locked = False
+        stored = copy.copy(self)
+        self.files = (self._source, decrypted(stored, self._source, passphrase))
+        self._aes = True
 
     @property
     def dirty_bitmaps(self) -> tuple[DirtyBitmap, ...]:
@@ -114,10 +129,10 @@ class Qcow2Disk(ImageDisk):
 
     def _extents(self, start: int, stop: int) -> Iterator[NDArray[np.void]]:
         if self._locked:
-            can = self._header.encryption == "LUKS"
+            can = not self._header.has_data_file
             raise UnsupportedError(
                 f"is encrypted with {self._header.encryption}"
-                + (", and no passphrase was given" if can else ", which is not supported"),
+                + (", and no passphrase was given" if can else " and has a data file, which is not supported"),
                 feature=f"{self._header.encryption} encryption",
                 file=self.name,
                 format="qcow2",
@@ -131,7 +146,16 @@ class Qcow2Disk(ImageDisk):
         for rows in self._rows(start, stop):
             part = clip(rows, start, stop)
             if len(part):
-                yield self._within(part)
+                yield self._by_disk_offset(self._within(part))
+
+    def _by_disk_offset(self, rows: NDArray[np.void]) -> NDArray[np.void]:
+        if not self._aes:
+            return rows
+        plain = (rows["kind"] == DATA) & (rows["codec"] == PLAIN)
+        rows = rows.copy()
+        rows["file"][plain] = 1
+        rows["offset"][plain] = rows["start"][plain]
+        return rows
 
     def _rows(self, start: int, stop: int) -> Iterator[NDArray[np.void]]:
         header, l1 = self._header, self._table()
