@@ -6,11 +6,12 @@ import random
 import re
 import socket
 import threading
+import time
 
 import pytest
 
 import diskmorph
-from diskmorph.formats.errors import IntegrityError, SourceError
+from diskmorph.formats.errors import IntegrityError, SourceError, TargetError
 from diskmorph.formats.remote.http import HttpSource
 
 from testkit import MIB, content, data, little_disk, write_image
@@ -27,6 +28,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.etag = '"one"'
         self.rng = random.Random(3)
         self.sent = self.requests = 0
+        self.pause = 0.0  # seconds between pieces of an answer
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -74,7 +76,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             piece = piece[: len(piece) // 2]
             self.close_connection = True
         server.sent += len(piece)
-        self.wfile.write(piece)
+        for at in range(0, len(piece), 128 << 10):
+            time.sleep(server.pause)
+            self.wfile.write(piece[at : at + (128 << 10)])
 
 
 @pytest.fixture
@@ -114,6 +118,45 @@ def test_faults_are_lived_through(tmp_path):
         )
         assert report.virtual_size == len(body)
         assert (tmp_path / "out.raw").read_bytes() == body
+
+
+def test_a_throttled_server_that_resets_connections(tmp_path):
+    body = data("slow", 6 * MIB)
+    with Server(body, faults=0.2) as server:
+        server.pause = 0.01
+        begun = time.monotonic()
+        diskmorph.convert(server.url, tmp_path / "out.raw", options=diskmorph.ConvertOptions(source_format="raw"))
+        assert (tmp_path / "out.raw").read_bytes() == body
+        assert time.monotonic() - begun > 0.05
+
+
+def test_what_was_interrupted_goes_on_over_http(tmp_path, monkeypatch):
+    from diskmorph.convert import resume
+
+    body = data("resumed", 24 * MIB)
+    words = diskmorph.ConvertOptions(source_format="raw", resume=True, threads=1)
+
+    def stop(progress):
+        if progress.done > 8 * MIB:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(resume, "_BYTES", 1)
+    with Server(body) as server:
+        server.pause = 0.01
+        with pytest.raises(KeyboardInterrupt):
+            diskmorph.convert(server.url, tmp_path / "out.raw", options=words, on_progress=stop)
+        before = server.sent
+        server.pause = 0.0
+        report = diskmorph.convert(server.url, tmp_path / "out.raw", options=words)
+        assert 0 < report.resumed < len(body)
+        assert server.sent - before < len(body)
+        assert (tmp_path / "out.raw").read_bytes() == body
+        with pytest.raises(KeyboardInterrupt):
+            server.pause = 0.01
+            diskmorph.convert(server.url, tmp_path / "two.raw", options=words, on_progress=stop)
+        server.etag = '"two"'
+        with pytest.raises(TargetError, match="source"):
+            diskmorph.convert(server.url, tmp_path / "two.raw", options=words)
 
 
 def test_a_changed_file_is_noticed(image):
