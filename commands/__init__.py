@@ -38,6 +38,7 @@ VERBS: tuple[Verb, ...] = (
     Verb("lint", _HERE + "lint", "tell what an importer would refuse in a package"),
     Verb("extract", _HERE + "extract", "take a disk's root file system out, as a tree or a container image"),
     Verb("aws", _HERE + "aws", "bring disks to Amazon's cloud, and back"),
+    Verb("fleet", _HERE + "fleet", "do many conversions on a cluster, each a row of a plan"),
     Verb("commit", _HERE + "commit", "write what changed on a disk as a new container layer"),
     Verb("ls", _HERE + "ls", "list files inside a disk, an ISO, an archive or an image"),
     Verb("cat", _HERE + "cat", "print a file that lies inside"),

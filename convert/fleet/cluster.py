@@ -1,0 +1,172 @@
+"""The engine: Dask distributed, on a running cluster or on this machine; it schedules, tries again and carries."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from diskmorph._version import __version__
+from diskmorph.convert.fleet.rows import FleetError
+from diskmorph.formats.errors import OptionError, UnsupportedError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+RESOURCE = "diskmorph-slot"
+PLUGIN = "diskmorph-fleet"
+_PATIENCE = 60.0
+_DEATHS = 8
+"""Workers that may die under a row before it is given up, on this machine; else the scheduler's setting counts."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterOptions:
+    """Where rows are done.
+
+    `scheduler`: the address of a running one (tcp://, tls://, ws://), None for this machine; `workers`: processes here
+    (None: one a core); `per_host`: rows at once on one machine (None: one a thread of every worker); `retries`: further
+    tries of a row that failed for a reason that may pass; `patience`: seconds to wait for a scheduler, also for a lost
+    one.
+    """
+
+    scheduler: str | None = None
+    workers: int | None = None
+    per_host: int | None = None
+    retries: int = 2
+    patience: float = _PATIENCE
+
+
+def require_options(options: ClusterOptions) -> None:
+    """Raise OptionError for numbers that make no sense."""
+    if options.per_host is not None and options.per_host < 1:
+        raise OptionError("--per-host takes a number from 1")
+    if options.workers is not None and options.workers < 1:
+        raise OptionError("--workers takes a number from 1")
+    if options.workers is not None and options.scheduler is not None:
+        raise OptionError("--workers are started on this machine", hint="leave out --scheduler, or start them there")
+    if options.retries < 0:
+        raise OptionError("--retries takes a number from 0")
+
+
+@contextlib.contextmanager
+def connected(options: ClusterOptions) -> Iterator[Any]:
+    """Lend a Dask client. Raises UnsupportedError (Dask is missing), FleetError (there is no such cluster)."""
+    require_options(options)
+    try:
+        from distributed import Client  # noqa: PLC0415 - an extra, and heavy
+    except ImportError as error:
+        raise UnsupportedError(
+            "a fleet needs Dask distributed", feature="fleet", hint="install it with pip install 'diskmorph[fleet]'"
+        ) from error
+    with contextlib.ExitStack() as stack:
+        where: Any = options.scheduler
+        if where is None:
+            where = stack.enter_context(_local(options))
+        try:
+            client = Client(where, timeout=options.patience, set_as_default=False)
+        except (OSError, ValueError) as error:
+            raise FleetError(f"the scheduler cannot be reached: {error}", file=options.scheduler) from error
+        try:
+            yield client
+        finally:
+            with contextlib.suppress(Exception):
+                client.close(timeout=5)
+
+
+@contextlib.contextmanager
+def _local(options: ClusterOptions) -> Iterator[Any]:
+    """Lend a cluster on this machine: processes of one thread each."""
+    import logging  # noqa: PLC0415
+
+    import dask  # noqa: PLC0415
+    from distributed import LocalCluster  # noqa: PLC0415
+
+    count = options.workers or len(os.sched_getaffinity(0))
+    if options.per_host is not None:
+        count = min(count, options.per_host)
+    words = {"distributed.scheduler.allowed-failures": _DEATHS}
+    with (
+        dask.config.set(words),
+        LocalCluster(
+            n_workers=count,
+            threads_per_worker=1,
+            processes=True,
+            dashboard_address="127.0.0.1:0",
+            silence_logs=logging.CRITICAL,
+        ) as cluster,
+    ):
+        yield cluster
+
+
+def prepare(client: Any) -> None:
+    """Let every worker, those to come as well, be ready for rows. Raises FleetError where one is not fit."""
+    from diskmorph.convert.fleet.plugin import FleetPlugin  # noqa: PLC0415 - derives from Dask's class
+
+    try:
+        client.register_plugin(FleetPlugin(__version__), name=PLUGIN)
+    except Exception as error:
+        raise FleetError(
+            f"a worker cannot do rows: {type(error).__name__}: {error}",
+            hint=f"every worker needs diskmorph {__version__}",
+        ) from error
+
+
+def release(client: Any) -> None:
+    """Leave a running cluster as it was."""
+    with contextlib.suppress(Exception):
+        client.unregister_worker_plugin(PLUGIN)
+
+
+class Slots:
+    """Bounds rows at once on each machine: `per_host` units of a Dask resource are dealt to its workers.
+
+    What a worker was dealt stays with it; what a dead one had goes to the others at the next `deal`.
+    """
+
+    def __init__(self, client: Any, per_host: int | None) -> None:
+        self._client, self._per_host = client, per_host
+        self._given: dict[str, int] = {}
+
+    @property
+    def needs(self) -> dict[str, float]:
+        """What a row needs, for `resources` of Dask's submit."""
+        return {} if self._per_host is None else {RESOURCE: 1}
+
+    def deal(self) -> int:
+        """Deal what is free; return how many workers there are."""
+        threads: dict[str, int] = self._client.nthreads()
+        if self._per_host is None:
+            return len(threads)
+        now = dealt(threads, {one: count for one, count in self._given.items() if one in threads}, self._per_host)
+        changed = {one: count for one, count in now.items() if count != self._given.get(one)}
+        self._given = now
+        if changed:
+            self._client.run(_take_slots, changed, workers=list(changed), on_error="ignore")
+        return len(threads)
+
+    def forget(self) -> None:
+        """Begin anew: the scheduler is another one."""
+        self._given = {}
+
+
+def dealt(threads: dict[str, int], given: dict[str, int], per_host: int) -> dict[str, int]:
+    """Return how many rows each worker may do at once: never less than it was given, at most its threads."""
+    hosts: dict[str, list[str]] = {}
+    for one in sorted(threads):
+        hosts.setdefault(one.rpartition(":")[0], []).append(one)
+    now = {one: given.get(one, 0) for one in threads}
+    for workers in hosts.values():
+        free = per_host - sum(now[one] for one in workers)
+        while free > 0:
+            open_ones = [one for one in workers if now[one] < threads[one]]
+            if not open_ones:
+                break
+            now[min(open_ones, key=lambda one: now[one])] += 1
+            free -= 1
+    return now
+
+
+async def _take_slots(counts: dict[str, int], dask_worker: Any) -> None:
+    await dask_worker.set_resources(**{RESOURCE: counts[dask_worker.address]})

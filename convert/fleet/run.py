@@ -1,0 +1,326 @@
+"""A run: rows go to the cluster, what comes back goes into the ledger, until every row has ended."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from diskmorph.convert.fleet.cluster import ClusterOptions, Slots, connected, prepare, release
+from diskmorph.convert.fleet.perform import perform
+from diskmorph.convert.fleet.ranges import Split, abandon_split, finish_split, summed, write_range
+from diskmorph.convert.fleet.rows import DONE, FAILED, SKIPPED, FleetError, Result, Row, RunOptions, failed, fault_of
+from diskmorph.convert.fleet.worker import TOPIC
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from diskmorph.convert.fleet.ledger import Ledger
+
+_PAUSE = 0.02
+"""Seconds between two looks at what has ended, when nothing had."""
+_TICK = 0.5
+"""Seconds between two words about progress, and two looks at the workers."""
+
+
+class FleetProgress(NamedTuple):
+    """How far a run is: rows by how they ended, bytes of their disks, workers, seconds since the start."""
+
+    rows: int
+    done: int
+    failed: int
+    skipped: int
+    bytes_done: int
+    bytes_total: int
+    workers: int
+    seconds: float
+
+
+@dataclass(slots=True)
+class Summary:
+    """What a run came to; `results` by the rows' order."""
+
+    run: str
+    results: list[Result]
+    seconds: float
+    workers: int = 0
+
+    def counts(self) -> dict[str, int]:
+        """Return the number of rows, in all and by how they ended."""
+        found = Counter(result.status for result in self.results)
+        return {"total": len(self.results), **{status: found[status] for status in (DONE, FAILED, SKIPPED)}}
+
+    def bytes(self) -> int:
+        """Return the bytes of the disks that were converted by this run."""
+        return sum(result.virtual_size or 0 for result in self.results if result.status == DONE)
+
+
+class _Task(NamedTuple):
+    """What a future of Dask stands for: a row, one of its ranges (with its start), or the naming of its target."""
+
+    kind: str
+    row: Row
+
+
+@dataclass(slots=True)
+class _Pieces:
+    """A row that is under way in ranges."""
+
+    split: Split
+    begun: float
+    waiting: set[Any] = field(default_factory=set)
+    moved: list[dict[str, int]] = field(default_factory=list)
+
+
+def run_fleet(
+    rows: Sequence[Row],
+    run: RunOptions,
+    cluster: ClusterOptions,
+    ledger: Ledger,
+    *,
+    on_result: Callable[[Result], None] | None = None,
+    on_progress: Callable[[FleetProgress], None] | None = None,
+    on_connected: Callable[[Any], None] | None = None,
+) -> Summary:
+    """Do rows until each has ended, and tell of each by `on_result` once the ledger has it.
+
+    A scheduler that is lost is waited for; rows that had not ended are then given to it anew, which does nothing twice.
+    Raises FleetError where no scheduler comes back; the ledger has what ended, and the same run said again goes on.
+    """
+    begun = time.monotonic()
+    with connected(cluster) as client:
+        if on_connected is not None:
+            on_connected(client)
+        course = _Course(client, run, cluster, ledger, on_result, on_progress)
+        try:
+            course.follow(rows)
+        finally:
+            course.close()
+            if cluster.scheduler is not None:
+                release(client)
+    results = sorted(course.results, key=lambda result: result.number)
+    return Summary(run.run, results, time.monotonic() - begun, course.workers)
+
+
+class _Course:
+    """One run under way."""
+
+    def __init__(
+        self,
+        client: Any,
+        run: RunOptions,
+        cluster: ClusterOptions,
+        ledger: Ledger,
+        on_result: Callable[[Result], None] | None,
+        on_progress: Callable[[FleetProgress], None] | None,
+    ) -> None:
+        self._client, self._run, self._cluster, self._ledger = client, run, cluster, ledger
+        self._on_result, self._on_progress = on_result, on_progress
+        self._slots = Slots(client, cluster.per_host)
+        self._tasks: dict[Any, _Task] = {}
+        self._pieces: dict[int, _Pieces] = {}
+        self._open: dict[int, Row] = {}
+        self._flight: dict[int, tuple[int, int]] = {}
+        self._counts: Counter[str] = Counter()
+        self._bytes = 0
+        self._rows = 0
+        self._round = 0
+        self._begun = time.monotonic()
+        self._next_tick = 0.0
+        self.results: list[Result] = []
+        self.workers = 0
+
+    def follow(self, rows: Sequence[Row]) -> None:
+        """Do everything. Raises FleetError."""
+        self._rows = len(rows)
+        self._open = {row.number: row for row in rows if row.error is None}
+        self._end([failed(row, row.error) for row in rows if row.error is not None])
+        while self._open:
+            self._start()
+            if not self._collect():
+                self._wait_for_scheduler()
+        self._tick(last=True)
+
+    def close(self) -> None:
+        """Let go of what has not ended: tasks that run notice it, and leave nothing."""
+        with contextlib.suppress(Exception):
+            if self._tasks and self._client.status == "running":
+                self._client.cancel(list(self._tasks), force=True)
+
+    # --- giving out
+
+    def _start(self) -> None:
+        from distributed import as_completed  # noqa: PLC0415 - an extra, and heavy
+
+        self._round += 1
+        self._tasks.clear()
+        self._pieces.clear()
+        self._flight.clear()
+        prepare(self._client)
+        self._client.subscribe_topic(TOPIC, self._heard)
+        self.workers = self._slots.deal()
+        self._ended = as_completed([], loop=self._client.loop)
+        rows = list(self._open.values())
+        known = [self._ledger.known.get((row.verb, row.source, row.target)) for row in rows]
+        futures = self._client.map(
+            perform,
+            rows,
+            [self._run] * len(rows),
+            known,
+            key=[self._key("row", row) for row in rows],
+            **self._how(),
+        )
+        self._await(futures, [_Task("row", row) for row in rows])
+
+    def _how(self) -> dict[str, Any]:
+        how: dict[str, Any] = {"pure": False, "retries": self._cluster.retries}
+        if self._slots.needs:
+            how["resources"] = self._slots.needs
+        return how
+
+    def _key(self, kind: str, row: Row, more: str = "") -> str:
+        return f"{kind}-{self._run.run}-{self._round}-{row.number}{more}"
+
+    def _await(self, futures: Sequence[Any], tasks: Iterable[_Task]) -> None:
+        self._tasks.update(zip(futures, tasks, strict=True))
+        self._ended.update(futures)
+
+    # --- taking in
+
+    def _collect(self) -> bool:
+        """Take in what ends until every row has; return False where the scheduler was lost."""
+        while self._open:
+            if not self._ended.has_ready():
+                if self._client.status != "running" or not self._tasks:
+                    return False
+                self._tick()
+                time.sleep(_PAUSE)
+                continue
+            ended: list[Result] = []
+            for future in self._ended.next_batch(block=False):
+                task = self._tasks.pop(future, None)
+                if task is None:
+                    continue
+                if future.cancelled():
+                    self._end(ended)
+                    return False
+                ended.extend(self._taken(future, task))
+            self._end(ended)
+            self._tick()
+        return True
+
+    def _taken(self, future: Any, task: _Task) -> list[Result]:
+        """Return the results that a future brings."""
+        row = task.row
+        if row.number not in self._open:
+            return []
+        if future.status == "error":
+            return self._gave_up(row, future.exception())
+        said = future.result()
+        if isinstance(said, Result):
+            self._pieces.pop(row.number, None)
+            return [said]
+        if isinstance(said, Split):
+            self._cut(row, said)
+            return []
+        pieces = self._pieces[row.number]
+        pieces.waiting.discard(future)
+        pieces.moved.append(said[1])
+        if not pieces.waiting:
+            self._name(row, pieces)
+        return []
+
+    def _cut(self, row: Row, split: Split) -> None:
+        starts, stops = [one[0] for one in split.ranges], [one[1] for one in split.ranges]
+        count = len(starts)
+        futures = self._client.map(
+            write_range,
+            [row] * count,
+            [self._run] * count,
+            [split] * count,
+            starts,
+            stops,
+            key=[self._key("range", row, f"-{start}") for start in starts],
+            **self._how(),
+        )
+        self._pieces[row.number] = _Pieces(split, time.time(), set(futures))
+        self._await(futures, [_Task("range", row)] * count)
+        if not count:
+            self._name(row, self._pieces[row.number])
+
+    def _name(self, row: Row, pieces: _Pieces) -> None:
+        moved = summed(pieces.moved)
+        future = self._client.submit(
+            finish_split, row, self._run, pieces.split, moved, pieces.begun, key=self._key("name", row), **self._how()
+        )
+        self._await([future], [_Task("name", row)])
+
+    def _gave_up(self, row: Row, error: BaseException) -> list[Result]:
+        pieces = self._pieces.pop(row.number, None)
+        if pieces is not None:
+            for future in pieces.waiting:
+                self._tasks.pop(future, None)
+            self._client.cancel(list(pieces.waiting))
+            self._client.submit(abandon_split, pieces.split, pure=False).add_done_callback(lambda _: None)
+        return [failed(row, fault_of(error))]
+
+    def _end(self, results: list[Result]) -> None:
+        """Bring results into the ledger, then tell of them."""
+        if not results:
+            return
+        self._ledger.write(results)
+        for result in results:
+            self._open.pop(result.number, None)
+            self._flight.pop(result.number, None)
+            self._counts[result.status] += 1
+            self._bytes += result.virtual_size or 0
+            self.results.append(result)
+            if self._on_result is not None:
+                self._on_result(result)
+
+    # --- the cluster
+
+    def _heard(self, event: Any) -> None:
+        said = event[1]
+        if isinstance(said, dict) and said.get("row") in self._open:
+            self._flight[said["row"]] = (said["done"], said["total"])
+
+    def _tick(self, *, last: bool = False) -> None:
+        now = time.monotonic()
+        if now < self._next_tick and not last:
+            return
+        self._next_tick = now + _TICK
+        if not last:
+            with contextlib.suppress(OSError):
+                self.workers = max(self._slots.deal(), 0)
+        if self._on_progress is None:
+            return
+        flight = list(self._flight.values())
+        counts = self._counts
+        self._on_progress(
+            FleetProgress(
+                self._rows,
+                counts[DONE],
+                counts[FAILED],
+                counts[SKIPPED],
+                self._bytes + sum(done for done, _ in flight),
+                self._bytes + sum(total for _, total in flight),
+                self.workers,
+                now - self._begun,
+            )
+        )
+
+    def _wait_for_scheduler(self) -> None:
+        """Wait until Dask has found the scheduler again. Raises FleetError where it gives up."""
+        end = time.monotonic() + self._cluster.patience + 5
+        while self._client.status == "connecting" and time.monotonic() < end:
+            time.sleep(_PAUSE)
+        if self._client.status != "running":
+            raise FleetError(
+                f"the scheduler was lost, with {len(self._open)} of {self._rows} rows not ended",
+                file=self._cluster.scheduler,
+                hint=f"{self._ledger.path} has the others; say it again to go on",
+            )
+        self._slots.forget()

@@ -1,0 +1,75 @@
+"""What a row knows of the worker that it runs on; everything works without one too, as in `fleet plan`."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from diskmorph.formats.errors import DiskmorphError
+
+if TYPE_CHECKING:
+    from diskmorph.convert.options import Progress
+
+TOPIC = "diskmorph-fleet"
+"""Where workers log how far their rows are."""
+_PAUSE = 1.0
+"""Seconds between two words about a row."""
+
+
+class CancelledError(DiskmorphError):
+    """Nobody wants the row any more; nothing of it stays."""
+
+    kind = "interrupted"
+
+
+def _worker() -> Any:
+    """Return Dask's worker that this runs on, None where there is none."""
+    import sys  # noqa: PLC0415
+
+    if "distributed" not in sys.modules:  # then this is no worker, and Dask need not load
+        return None
+    from distributed import get_worker  # noqa: PLC0415 - an extra, and heavy
+
+    try:
+        return get_worker()
+    except ValueError:
+        return None
+
+
+def here() -> str | None:
+    """Return the worker's address."""
+    worker = _worker()
+    return None if worker is None else str(worker.address)
+
+
+def threads() -> int | None:
+    """Return how many threads a row may use: one on a worker with a process a core, else what the pipeline takes."""
+    worker = _worker()
+    return None if worker is None else 1
+
+
+def scratch() -> str | None:
+    """Return the worker's own folder for temporary files, which Dask removes when the worker has died."""
+    worker = _worker()
+    return None if worker is None else str(worker.local_directory)
+
+
+class Pulse:
+    """Tells how far a row is, now and then, and ends it when it was cancelled; called as `on_progress`."""
+
+    def __init__(self, row: int) -> None:
+        self._row = row
+        self._next = time.monotonic() + _PAUSE
+        self._worker = _worker()
+        self._key = None if self._worker is None else self._worker.get_current_task()
+
+    def __call__(self, now: Progress) -> None:
+        """Take note of progress. Raises CancelledError."""
+        at = time.monotonic()
+        if self._worker is None or at < self._next:
+            return
+        self._next = at + _PAUSE
+        task = self._worker.state.tasks.get(self._key)
+        if task is None or task.state in {"cancelled", "released", "forgotten"}:
+            raise CancelledError("the row was cancelled")
+        self._worker.log_event(TOPIC, {"row": self._row, "done": now.done, "total": now.total})
