@@ -1,0 +1,362 @@
+"""Fleets: plans, runs on real clusters, what survives which death, and that nothing is done twice."""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from clikit import dm
+
+from diskmorph.convert.fleet import parse_plan
+from diskmorph.convert.fleet.cluster import dealt
+from diskmorph.convert.fleet.expand import filled
+from diskmorph.formats.errors import OptionError
+
+from testkit import KIB, MIB, data, run
+
+FORMATS = ("qcow2", "vmdk", "vdi", "vpc", "vhdx", "raw")
+
+
+def images(folder: Path, count: int) -> Path:
+    """Small real images in several formats, each with an ext2 file system of its own and data behind it."""
+    folder.mkdir()
+    for number in range(count):
+        raw = folder.parent / "one.raw"
+        raw.unlink(missing_ok=True)
+        run("mke2fs", "-q", "-t", "ext2", "-L", f"n{number}", raw, "512k")
+        with raw.open("r+b") as file:
+            file.seek(300 * KIB)
+            file.write(data(number, 40 * KIB))
+        form = FORMATS[number % len(FORMATS)]
+        run("qemu-img", "convert", "-f", "raw", "-O", form, raw, folder / f"vm{number:03}.{form}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def vms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return images(tmp_path_factory.mktemp("vms") / "in", 18)
+
+
+def plan(folder: Path, source: str, target: str, **options: Any) -> Path:
+    path = folder / "plan.jsonl"
+    path.write_text(json.dumps({"source": source, "target": target, **options}) + "\n")
+    return path
+
+
+def ledger_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def all_equal(vms: Path, out: Path) -> None:
+    """Every target holds what a single conversion of its source holds, and nothing else lies beside them."""
+    sources = {path.stem: path for path in vms.iterdir()}
+    assert sorted(path.stem for path in out.iterdir()) == sorted(sources)
+    for target in out.iterdir():
+        single = out.parent / "single.qcow2"
+        dm("convert", "-q", "--force", sources[target.stem], single).ok()
+        dm("compare", "--strict", single, target).ok()
+
+
+def test_plans_say_the_same_in_three_ways() -> None:
+    toml = parse_plan('[[row]]\nsource="a"\ntarget="b"\ncompress="zstd"\ndigest=true\no={cluster_size="1M"}', "toml")
+    lines = parse_plan(
+        '{"source":"a","target":"b","options":{"compress":"zstd","digest":true,"o":{"cluster_size":"1M"}}}', "jsonl"
+    )
+    table = parse_plan("source,target,options\na,b,--compress zstd --digest -o cluster_size=1M\n", "csv")
+    words = ("--compress", "zstd", "--digest", "-o", "cluster_size=1M")
+    assert toml[0].words == lines[0].words == table[0].words == words
+    assert parse_plan('rows=["x/*.vmdk -> y/{stem}.qcow2"]', "toml")[0].target == "y/{stem}.qcow2"
+
+
+@pytest.mark.parametrize(
+    ("text", "format"),
+    [("a b", "toml"), ('{"source":1}', "jsonl"), ("[1]", "jsonl"), ("name\nx\n", "csv"), ("source,target\na\n", "csv")],
+)
+def test_bad_plans_are_refused_with_their_place(text: str, format: str) -> None:
+    with pytest.raises(OptionError):
+        parse_plan(text, format)
+
+
+def test_templates() -> None:
+    assert filled("{dir}{stem}-{n}{suffix}/{{x}}", "s3://b/p/q/a.b.vmdk", "q/", 3) == "q/a.b-3.vmdk/{x}"
+    with pytest.raises(OptionError, match="nosuch"):
+        filled("{nosuch}", "a")
+
+
+def test_slots_are_dealt_by_host() -> None:
+    two = {"tcp://a:1": 4, "tcp://a:2": 4, "tcp://b:1": 1}
+    assert dealt(two, {}, 3) == {"tcp://a:1": 2, "tcp://a:2": 1, "tcp://b:1": 1}
+    assert dealt({"tcp://a:2": 4, "tcp://a:3": 4}, {"tcp://a:2": 1}, 3) == {"tcp://a:2": 2, "tcp://a:3": 1}
+
+
+def test_plan_foretells_sizes_and_failures(vms: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (tmp_path / "bad.qcow2").write_bytes(b"QFI\xfb" + bytes(100))
+    path = tmp_path / "plan.toml"
+    rows = [f'"{vms}/*.vdi -> out/{{stem}}.qcow2"', '"bad.qcow2 -> out/bad.raw"', '"nothing*.raw -> out/{stem}.raw"']
+    path.write_text(f"rows = [{', '.join(rows)}]\n")
+    answer = dm("fleet", "plan", path, "--json")
+    assert answer.status == 3 and not list(out.iterdir())
+    found = answer.json["results"]
+    good = [row for row in found if row["will"] == "do"]
+    assert len(good) == 3 and answer.json["rows"]["fail"] == 2
+    for row in good:
+        dm("convert", "-q", row["source"], row["target"]).ok()
+        assert Path(row["target"]).stat().st_size <= row["stored_size"] and row["virtual_size"] >= 512 * KIB
+    assert {row["error"]["kind"] for row in found if row["error"]} >= {"source"}
+
+
+def test_a_run_equals_single_conversions_and_is_resumed(vms: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    path = plan(tmp_path, f"{vms}/*", "out/{stem}.qcow2")
+    page = tmp_path / "fleet.html"
+    first = dm("fleet", "run", path, "--json", "--report", page).ok().json
+    assert first["rows"] == {"total": 18, "done": 18, "failed": 0, "skipped": 0}
+    all_equal(vms, out)
+    for row in first["results"]:
+        assert row["digest"] == dm("digest", row["source"], "--json").ok().json["digest"]
+        assert row["stored_size"] == Path(row["target"]).stat().st_size and row["seconds"] > 0
+    (out / "vm000.qcow2").unlink()
+    source = next(vms.glob("vm001.*"))
+    os.utime(source, ns=(1, source.stat().st_mtime_ns + 1_000_000))
+    again = dm("fleet", "run", path, "--json")
+    assert again.status == 1 and again.json["rows"] == {"total": 18, "done": 1, "failed": 1, "skipped": 16}
+    (wrong,) = [row for row in again.json["results"] if row["status"] == "failed"]
+    assert "exists already" in wrong["error"]["message"] and wrong["source"] == str(source)
+    assert dm("fleet", "run", plan(tmp_path, f"{vms}/*", "out/{stem}.qcow2", force=True)).status == 0
+    lost = path.with_name("plan.jsonl.ledger.jsonl")
+    lost.unlink()
+    skipped = dm("fleet", "run", path, "--json").ok().json
+    assert skipped["rows"]["skipped"] == 18, "targets alone tell that they are done"
+    assert all(row["digest"] for row in skipped["results"])
+    in_chromium(page, 18)
+
+
+def in_chromium(page: Path, rows: int) -> None:
+    browser = shutil.which("chromium-headless-shell") or shutil.which("chromium")
+    assert browser, "chromium is missing: see tests/packages.txt"
+    words = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={page.parent}/profile"]
+    dom = run(*words, "--dump-dom", f"file://{page}#only=done&sort=0&down=1").stdout
+    assert f"{rows} of {rows} rows" in dom and 'id="histogram"' in dom and "descending" in dom
+    assert dom.index(f">{rows}</td>") < dom.index(">1</td>"), "the script has sorted the table"
+    shot = page.with_suffix(".png")
+    run(*words, f"--screenshot={shot}", f"file://{page}")
+    assert shot.read_bytes().startswith(b"\x89PNG") and shot.stat().st_size > 5000
+
+
+def test_a_hostile_name_stays_text(tmp_path: Path) -> None:
+    from diskmorph.convert.fleet.report import page
+    from diskmorph.convert.fleet.rows import FAILED, Result
+    from diskmorph.convert.fleet.run import Summary
+
+    name = "</td><script>document.title='taken'</script>\udcff"
+    path = tmp_path / "r.html"
+    wrong = {"kind": "format", "message": name}
+    path.write_text(page(Summary("r", [Result(1, "convert", name, name, FAILED, error=wrong)], 1.0, 1), name))
+    browser = shutil.which("chromium-headless-shell") or shutil.which("chromium")
+    dom = run(browser, "--headless", "--no-sandbox", f"--user-data-dir={tmp_path}/p", "--dump-dom", f"file://{path}")
+    assert "<title>taken" not in dom.stdout and dom.stdout.count("<script>") == 1
+
+
+def test_every_verb_and_ranges(vms: Path, tmp_path: Path) -> None:
+    (tmp_path / "tree/etc").mkdir(parents=True)
+    (tmp_path / "tree/etc/hostname").write_text("fleet\n")
+    with open(tmp_path / "big.raw", "wb") as file:
+        file.truncate(9 * MIB + 512)
+        for at in (0, 3 * MIB - 100, 9 * MIB):
+            file.seek(at)
+            file.write(data(at, 512))
+    rows = [
+        {"verb": "build", "source": "tree", "target": "disk.qcow2", "boot": "none", "size": "32M"},
+        {"verb": "extract", "source": str(next(vms.glob("*.vdi"))), "target": "tree.tar"},
+        {"source": "big.raw", "target": "copy.raw"},
+        {"source": "big.raw", "target": "x.raw", "options": "--nosuch"},
+    ]
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    answer = dm("fleet", "run", path, "--json", "--split", "4M", "--part", "2M")
+    assert [row["status"] for row in answer.json["results"]] == ["done", "done", "done", "failed"], answer.out
+    assert (tmp_path / "copy.raw").read_bytes() == (tmp_path / "big.raw").read_bytes()
+    assert answer.json["results"][2]["ranges"] == 5 and answer.json["results"][3]["error"]["kind"] == "option"
+    assert not list(tmp_path.glob(".copy*"))
+    words = [sys.executable, "-m", "diskmorph", "cat", tmp_path / "disk.qcow2", "/etc/hostname"]
+    assert run(*words).stdout == "fleet\n"
+
+
+# --- a cluster of its own processes
+
+
+class Cluster:
+    """A scheduler and workers as an operator starts them; whatever dies is started again."""
+
+    def __init__(self, folder: Path) -> None:
+        import socket
+
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url = f"tcp://127.0.0.1:{self.port}"
+        self.folder = folder
+        self.scheduler = self.start_scheduler()
+        self.workers = [self.start_worker() for _ in range(2)]
+
+    def _start(self, *words: str) -> subprocess.Popen[bytes]:
+        env = {**os.environ, "DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "8"}
+        return subprocess.Popen([sys.executable, "-m", *words], env=env, cwd=self.folder, stderr=subprocess.DEVNULL)
+
+    def start_scheduler(self) -> subprocess.Popen[bytes]:
+        here = ("--host", "127.0.0.1", "--port", str(self.port), "--no-dashboard")
+        return self._start("distributed.cli.dask_scheduler", *here)
+
+    def start_worker(self) -> subprocess.Popen[bytes]:
+        return self._start("distributed.cli.dask_worker", self.url, "--nthreads", "1", "--no-nanny", "--no-dashboard")
+
+    def kill_worker(self, number: int) -> None:
+        self.workers[number].kill()
+        self.workers[number].wait()
+        self.workers[number] = self.start_worker()
+
+    def kill_scheduler(self) -> None:
+        self.scheduler.kill()
+        self.scheduler.wait()
+        self.scheduler = self.start_scheduler()
+        for number, worker in enumerate(self.workers):
+            worker.kill()
+            worker.wait()
+            self.workers[number] = self.start_worker()
+
+    def close(self) -> None:
+        for process in (*self.workers, self.scheduler):
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    made = Cluster(tmp_path)
+    yield made
+    made.close()
+
+
+def start(*words: Any) -> subprocess.Popen[str]:
+    line = [sys.executable, "-m", "diskmorph", "fleet", "run", *map(str, words)]
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def ended(path: Path) -> int:
+    return path.read_text().count('"row"') if path.exists() else 0
+
+
+def wait_for(path: Path, rows: int) -> None:
+    end = time.monotonic() + 60
+    while ended(path) < rows:
+        assert time.monotonic() < end, "it did not come so far"
+        time.sleep(0.01)
+
+
+def slow(vms: Path, folder: Path) -> Path:
+    """A plan whose rows take long enough to be killed in."""
+    (folder / "out").mkdir()
+    return plan(folder, f"{vms}/*", "out/{stem}.qcow2", rate="2M")
+
+
+def once_each(ledger: Path, rows: int) -> None:
+    lines = [line for line in ledger_lines(ledger) if "row" in line]
+    assert sorted(line["row"] for line in lines if line["status"] == "done") == list(range(1, rows + 1))
+    assert all(line["digest"] for line in lines)
+
+
+def test_workers_and_scheduler_may_die(vms: Path, tmp_path: Path, cluster: Cluster) -> None:
+    path = slow(vms, tmp_path)
+    ledger = path.with_name("plan.jsonl.ledger.jsonl")
+    running = start(path, "--scheduler", cluster.url, "--json", "--per-host", "2")
+    dice = random.Random(9)
+    for death in range(5):
+        wait_for(ledger, 1 + 2 * death)
+        cluster.kill_worker(dice.randrange(2))
+    wait_for(ledger, 12)
+    cluster.kill_scheduler()
+    out, err = running.communicate(timeout=120)
+    assert running.returncode == 0, out + err
+    assert json.loads(out)["rows"] == {"total": 18, "done": 18, "failed": 0, "skipped": 0}
+    once_each(ledger, 18)
+    all_equal(vms, tmp_path / "out")
+
+
+def test_the_client_may_die(vms: Path, tmp_path: Path, cluster: Cluster) -> None:
+    path = slow(vms, tmp_path)
+    ledger = path.with_name("plan.jsonl.ledger.jsonl")
+    running = start(path, "--scheduler", cluster.url)
+    wait_for(ledger, 4)
+    running.send_signal(signal.SIGKILL)
+    running.communicate()
+    with ledger.open("a") as file:
+        file.write('{"row": 3, "ver')  # a line that was cut off
+    answer = dm("fleet", "run", path, "--scheduler", cluster.url, "--json").ok().json
+    assert answer["rows"]["done"] + answer["rows"]["skipped"] == 18 and answer["rows"]["skipped"] >= 3
+    assert len(ledger_lines(ledger)) > 18
+    all_equal(vms, tmp_path / "out")
+
+
+def test_one_run_a_ledger(vms: Path, tmp_path: Path) -> None:
+    import fcntl
+
+    path = slow(vms, tmp_path)
+    with open(tmp_path / "l", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert "another run" in dm("fleet", "run", path, "--ledger", tmp_path / "l").err
+    (tmp_path / "other").write_text("not a ledger\n")
+    assert dm("fleet", "run", path, "--ledger", tmp_path / "other").status == 1
+    assert (tmp_path / "other").read_text() == "not a ledger\n"
+
+
+# --- S3
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    words = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.get_host_and_port()[1]}", "AWS_REGION": "us-east-1"}
+    words |= {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1"}
+    for name, value in {**words, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    import boto3
+
+    s3 = boto3.client("s3")
+    for name in ("vms", "qcow2"):
+        s3.create_bucket(Bucket=name)
+    yield s3
+    with contextlib.suppress(Exception):
+        threading.Thread(target=server.stop, daemon=True).start()
+
+
+def test_s3_to_s3(bucket: Any, vms: Path, tmp_path: Path) -> None:
+    for path in sorted(vms.iterdir())[:8]:
+        bucket.upload_file(str(path), "vms", f"a/{path.name}")
+    bucket.put_object(Bucket="qcow2", Key="vm001.qcow2", Body=b"a stranger's")
+    path = tmp_path / "p.toml"
+    path.write_text('rows = ["s3://vms/a/* -> s3://qcow2/{stem}.qcow2"]\n')
+    first = dm("fleet", "run", path, "--json").json
+    assert first["rows"] == {"total": 8, "done": 7, "failed": 1, "skipped": 0}, first
+    assert bucket.get_object(Bucket="qcow2", Key="vm001.qcow2")["Body"].read() == b"a stranger's"
+    for row in first["results"]:
+        if row["status"] == "done":
+            source = vms / row["source"].rpartition("/")[2]
+            dm("compare", "--strict", source, row["target"]).ok()
+    bucket.delete_object(Bucket="qcow2", Key="vm001.qcow2")
+    assert dm("fleet", "run", path, "--json").ok().json["rows"]["skipped"] == 7
