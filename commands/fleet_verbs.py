@@ -98,7 +98,15 @@ def _run_options(args: argparse.Namespace) -> RunOptions:
     part = size_of(args.part, "--part") or 0
     if part < 1 << 20:
         raise OptionError("--part takes at least 1M")
-    return RunOptions(name, digest=not args.no_digest, split=size_of(args.split, "--split"), part=part)
+    return RunOptions(
+        name, digest=not args.no_digest, split=size_of(args.split, "--split"), part=part, per_host=_leases(args)
+    )
+
+
+def _leases(args: argparse.Namespace) -> int | None:
+    """Return what bounds rows on a machine; here the number of processes does it."""
+    per_host: int | None = args.per_host
+    return None if args.scheduler is None else per_host
 
 
 def _cluster(args: argparse.Namespace) -> ClusterOptions:

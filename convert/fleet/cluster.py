@@ -14,7 +14,6 @@ from diskmorph.formats.errors import OptionError, UnsupportedError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-RESOURCE = "diskmorph-slot"
 PLUGIN = "diskmorph-fleet"
 _PATIENCE = 60.0
 _DEATHS = 8
@@ -117,56 +116,3 @@ def release(client: Any) -> None:
     """Leave a running cluster as it was."""
     with contextlib.suppress(Exception):
         client.unregister_worker_plugin(PLUGIN)
-
-
-class Slots:
-    """Bounds rows at once on each machine: `per_host` units of a Dask resource are dealt to its workers.
-
-    What a worker was dealt stays with it; what a dead one had goes to the others at the next `deal`.
-    """
-
-    def __init__(self, client: Any, per_host: int | None) -> None:
-        self._client, self._per_host = client, per_host
-        self._given: dict[str, int] = {}
-
-    @property
-    def needs(self) -> dict[str, float]:
-        """What a row needs, for `resources` of Dask's submit."""
-        return {} if self._per_host is None else {RESOURCE: 1}
-
-    def deal(self) -> int:
-        """Deal what is free; return how many workers there are."""
-        threads: dict[str, int] = self._client.nthreads()
-        if self._per_host is None:
-            return len(threads)
-        now = dealt(threads, {one: count for one, count in self._given.items() if one in threads}, self._per_host)
-        changed = {one: count for one, count in now.items() if count != self._given.get(one)}
-        self._given = now
-        if changed:
-            self._client.run(_take_slots, changed, workers=list(changed), on_error="ignore")
-        return len(threads)
-
-    def forget(self) -> None:
-        """Begin anew: the scheduler is another one."""
-        self._given = {}
-
-
-def dealt(threads: dict[str, int], given: dict[str, int], per_host: int) -> dict[str, int]:
-    """Return how many rows each worker may do at once: never less than it was given, at most its threads."""
-    hosts: dict[str, list[str]] = {}
-    for one in sorted(threads):
-        hosts.setdefault(one.rpartition(":")[0], []).append(one)
-    now = {one: given.get(one, 0) for one in threads}
-    for workers in hosts.values():
-        free = per_host - sum(now[one] for one in workers)
-        while free > 0:
-            open_ones = [one for one in workers if now[one] < threads[one]]
-            if not open_ones:
-                break
-            now[min(open_ones, key=lambda one: now[one])] += 1
-            free -= 1
-    return now
-
-
-async def _take_slots(counts: dict[str, int], dask_worker: Any) -> None:
-    await dask_worker.set_resources(**{RESOURCE: counts[dask_worker.address]})

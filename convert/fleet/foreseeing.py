@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from diskmorph.convert.fleet.cluster import ClusterOptions, Slots, connected, prepare, release
+from diskmorph.convert.fleet.cluster import ClusterOptions, connected, prepare, release
 from diskmorph.convert.fleet.foresee import FAIL, Foreseen, foresee
 from diskmorph.convert.fleet.rows import fault_of
 from diskmorph.convert.options import Progress
@@ -33,7 +33,7 @@ def foresee_all(
         return found
     with connected(cluster) as client:
         try:
-            return _on_cluster(client, rows, run, cluster, exact, tell)
+            return _on_cluster(client, rows, run, exact, tell)
         finally:
             if cluster.scheduler is not None:
                 release(client)
@@ -43,20 +43,15 @@ def _on_cluster(
     client: Any,
     rows: Sequence[Row],
     run: RunOptions,
-    cluster: ClusterOptions,
     exact: bool,
     tell: Callable[[Progress], None],
 ) -> list[Foreseen]:
     from distributed import as_completed  # noqa: PLC0415 - an extra, and heavy
 
     prepare(client)
-    slots = Slots(client, cluster.per_host)
-    slots.deal()
     count = len(rows)
     keys = [f"plan-{run.run}-{row.number}" for row in rows]
-    futures = client.map(
-        foresee, rows, [run] * count, [exact] * count, key=keys, pure=False, resources=slots.needs or None
-    )
+    futures = client.map(foresee, rows, [run] * count, [exact] * count, key=keys, pure=False)
     places = {future.key: number for number, future in enumerate(futures)}
     found: list[Foreseen | None] = [None] * count
     for done, future in enumerate(as_completed(futures, loop=client.loop), 1):

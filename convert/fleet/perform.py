@@ -26,7 +26,7 @@ from diskmorph.convert.fleet.places import (
 )
 from diskmorph.convert.fleet.ranges import Split, split_of
 from diskmorph.convert.fleet.rows import DONE, SKIPPED, Result, Row, RunOptions, SnapshotOptions, failed, fault_of
-from diskmorph.convert.fleet.worker import Pulse, here, scratch, threads
+from diskmorph.convert.fleet.worker import Pulse, here, scratch, slot, threads
 from diskmorph.formats import marks
 from diskmorph.formats.errors import (
     DiskmorphError,
@@ -56,9 +56,14 @@ def perform(row: Row, run: RunOptions, known: dict[str, Any] | None = None) -> R
 
     `known`: what an earlier run told of it. Raises what another try may mend.
     """
+    with slot(run):
+        return _held(row, run, known or {})
+
+
+def _held(row: Row, run: RunOptions, known: dict[str, Any]) -> Result | Split:
     begun, started = time.monotonic(), time.time()
     try:
-        done = _perform(row, run, known or {})
+        done = _perform(row, run, known)
     except DiskmorphError as error:
         if not is_final(row, error):
             raise

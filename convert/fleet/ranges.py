@@ -147,14 +147,14 @@ def write_range(row: Row, run: RunOptions, split: Split, start: int, stop: int) 
     """
     from diskmorph.convert.copy import run as move  # noqa: PLC0415 - loads the pipeline
     from diskmorph.convert.fleet.perform import worker_options  # noqa: PLC0415 - which takes this module
-    from diskmorph.convert.fleet.worker import Pulse  # noqa: PLC0415
+    from diskmorph.convert.fleet.worker import Pulse, slot  # noqa: PLC0415
     from diskmorph.convert.job import transfer_of  # noqa: PLC0415
     from diskmorph.convert.plan import make_plan, new_allocator  # noqa: PLC0415
     from diskmorph.formats.views import Slice  # noqa: PLC0415
 
     part = Path(split.part)
     options = replace(worker_options(cast("ConvertOptions", row.options), run), digest=False)
-    with make_plan(row.source, cast("str", row.target), options) as plan, _opened(part) as fd:
+    with slot(run), make_plan(row.source, cast("str", row.target), options) as plan, _opened(part) as fd:
         fcntl.flock(fd, fcntl.LOCK_SH)
         if not _is_named(fd, part):
             raise TargetError("the row has ended already", file=str(part))

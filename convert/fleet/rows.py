@@ -58,13 +58,15 @@ class RunOptions:
     """What holds for all rows of one run.
 
     `run`: its name. `digest`: every row tells the SHA-256 of what it converted. `split`: disks of so many bytes and
-    more are converted by ranges of `part` bytes, where the target takes ranges; None: never.
+    more are converted by ranges of `part` bytes, where the target takes ranges; None: never. `per_host`: rows and
+    ranges at once on one machine; None: as many as its workers have threads.
     """
 
     run: str
     digest: bool = True
     split: int | None = None
     part: int = 1 << 30
+    per_host: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

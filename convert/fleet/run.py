@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from diskmorph.convert.fleet.cluster import ClusterOptions, Slots, connected, prepare, release
+from diskmorph.convert.fleet.cluster import ClusterOptions, connected, prepare, release
 from diskmorph.convert.fleet.perform import perform
 from diskmorph.convert.fleet.ranges import Split, abandon_split, finish_split, summed, write_range
 from diskmorph.convert.fleet.rows import DONE, FAILED, SKIPPED, FleetError, Result, Row, RunOptions, failed, fault_of
@@ -118,7 +118,6 @@ class _Course:
     ) -> None:
         self._client, self._run, self._cluster, self._ledger = client, run, cluster, ledger
         self._on_result, self._on_progress = on_result, on_progress
-        self._slots = Slots(client, cluster.per_host)
         self._tasks: dict[Any, _Task] = {}
         self._pieces: dict[int, _Pieces] = {}
         self._open: dict[int, Row] = {}
@@ -160,7 +159,7 @@ class _Course:
         self._flight.clear()
         prepare(self._client)
         self._client.subscribe_topic(TOPIC, self._heard)
-        self.workers = self._slots.deal()
+        self.workers = len(self._client.nthreads())
         self._ended = as_completed([], loop=self._client.loop)
         rows = list(self._open.values())
         known = [self._ledger.known.get((row.verb, row.source, row.target)) for row in rows]
@@ -175,10 +174,7 @@ class _Course:
         self._await(futures, [_Task("row", row) for row in rows])
 
     def _how(self) -> dict[str, Any]:
-        how: dict[str, Any] = {"pure": False, "retries": self._cluster.retries}
-        if self._slots.needs:
-            how["resources"] = self._slots.needs
-        return how
+        return {"pure": False, "retries": self._cluster.retries}
 
     def _key(self, kind: str, row: Row, more: str = "") -> str:
         return f"{kind}-{self._run.run}-{self._round}-{row.number}{more}"
@@ -294,7 +290,7 @@ class _Course:
         self._next_tick = now + _TICK
         if not last:
             with contextlib.suppress(OSError):
-                self.workers = max(self._slots.deal(), 0)
+                self.workers = len(self._client.nthreads())
         if self._on_progress is None:
             return
         flight = list(self._flight.values())
@@ -323,4 +319,3 @@ class _Course:
                 file=self._cluster.scheduler,
                 hint=f"{self._ledger.path} has the others; say it again to go on",
             )
-        self._slots.forget()

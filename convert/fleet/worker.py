@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import TYPE_CHECKING, Any
 
 from diskmorph.formats.errors import DiskmorphError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from diskmorph.convert.fleet.rows import RunOptions
     from diskmorph.convert.options import Progress
 
 TOPIC = "diskmorph-fleet"
@@ -52,6 +56,20 @@ def scratch() -> str | None:
     """Return the worker's own folder for temporary files, which Dask removes when the worker has died."""
     worker = _worker()
     return None if worker is None else str(worker.local_directory)
+
+
+@contextlib.contextmanager
+def slot(run: RunOptions) -> Iterator[None]:
+    """Hold one of the run's places on this machine: a lease of a Dask Semaphore, which the death of its holder ends."""
+    worker = _worker()
+    if worker is None or run.per_host is None:
+        yield
+        return
+    from distributed import Semaphore  # noqa: PLC0415 - an extra, and heavy
+
+    host = str(worker.address).rpartition(":")[0]
+    with Semaphore(max_leases=run.per_host, name=f"diskmorph-{run.run}-{host}"):
+        yield
 
 
 class Pulse:

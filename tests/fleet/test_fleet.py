@@ -1,6 +1,7 @@
 """Fleets: plans, runs on real clusters, what survives which death, and that nothing is done twice."""
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -18,7 +19,6 @@ import pytest
 from clikit import dm
 
 from diskmorph.convert.fleet import parse_plan
-from diskmorph.convert.fleet.cluster import dealt
 from diskmorph.convert.fleet.expand import filled
 from diskmorph.formats.errors import OptionError
 
@@ -91,12 +91,6 @@ def test_templates() -> None:
     assert filled("{dir}{stem}-{n}{suffix}/{{x}}", "s3://b/p/q/a.b.vmdk", "q/", 3) == "q/a.b-3.vmdk/{x}"
     with pytest.raises(OptionError, match="nosuch"):
         filled("{nosuch}", "a")
-
-
-def test_slots_are_dealt_by_host() -> None:
-    two = {"tcp://a:1": 4, "tcp://a:2": 4, "tcp://b:1": 1}
-    assert dealt(two, {}, 3) == {"tcp://a:1": 2, "tcp://a:2": 1, "tcp://b:1": 1}
-    assert dealt({"tcp://a:2": 4, "tcp://a:3": 4}, {"tcp://a:2": 1}, 3) == {"tcp://a:2": 2, "tcp://a:3": 1}
 
 
 def test_plan_foretells_sizes_and_failures(vms: Path, tmp_path: Path) -> None:
@@ -281,7 +275,7 @@ def once_each(ledger: Path, rows: int) -> None:
 def test_workers_and_scheduler_may_die(vms: Path, tmp_path: Path, cluster: Cluster) -> None:
     path = slow(vms, tmp_path)
     ledger = path.with_name("plan.jsonl.ledger.jsonl")
-    running = start(path, "--scheduler", cluster.url, "--json", "--per-host", "2")
+    running = start(path, "--scheduler", cluster.url, "--json")
     dice = random.Random(9)
     for death in range(5):
         wait_for(ledger, 1 + 2 * death)
@@ -293,6 +287,16 @@ def test_workers_and_scheduler_may_die(vms: Path, tmp_path: Path, cluster: Clust
     assert json.loads(out)["rows"] == {"total": 18, "done": 18, "failed": 0, "skipped": 0}
     once_each(ledger, 18)
     all_equal(vms, tmp_path / "out")
+
+
+def test_a_host_is_bounded(vms: Path, tmp_path: Path, cluster: Cluster) -> None:
+    (tmp_path / "out").mkdir()
+    few = plan(tmp_path, f"{vms}/vm00*", "out/{stem}.qcow2", rate="2M")
+    words = ("--scheduler", cluster.url, "--per-host", "1", "--json")
+    answer = dm("fleet", "run", few, *words).ok().json
+    spans = sorted((row["started"], row["started"] + row["seconds"]) for row in answer["results"])
+    assert len(spans) == 10 and len({row["worker"] for row in answer["results"]}) == 2
+    assert all(stop <= start + 0.02 for (_, stop), (start, _) in itertools.pairwise(spans))
 
 
 def test_the_client_may_die(vms: Path, tmp_path: Path, cluster: Cluster) -> None:
