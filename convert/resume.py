@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diskmorph import __version__
+from diskmorph._version import __version__
 from diskmorph.convert.options import Moved
 from diskmorph.formats.allocator import RUN, Identity
 from diskmorph.formats.errors import OptionError, PolicyError, TargetError
