@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 from diskmorph._version import __version__
 
 if TYPE_CHECKING:
-    from diskmorph.convert.bridge import build, commit, extract
+    from diskmorph.convert.bridge.build import build
+    from diskmorph.convert.bridge.commit import commit
+    from diskmorph.convert.bridge.extract import extract
     from diskmorph.convert.check import check
     from diskmorph.convert.compare import compare
     from diskmorph.convert.create import create, resize

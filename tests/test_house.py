@@ -176,7 +176,9 @@ def test_the_library_never_imports_its_front_page() -> None:
     for path in sources():
         if path.parts[len(ROOT.parts)] not in {"formats", "convert"}:
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module == "diskmorph":
-                wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+        wrong += [
+            f"{path.relative_to(ROOT)}:{node.lineno}"
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.ImportFrom) and node.module == "diskmorph"
+        ]
     assert not wrong
