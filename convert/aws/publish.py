@@ -132,11 +132,11 @@ def _tell(how: JobOptions, notes: tuple[str, ...]) -> None:
 # --- copies
 
 
-def copies(job: Job, image: str, options: ImageOptions) -> dict[str, Any]:
-    """Copy an image to regions, all at the same time, and wait; return the region's images as EC2 describes them."""
+def copies(job: Job, image: str, options: ImageOptions, size: int) -> dict[str, Any]:
+    """Copy an image of `size` bytes to regions, all at the same time, and wait; return the images as EC2 has them."""
     regions = [region for region in dict.fromkeys(options.copy_to) if region != job.session.region]
     stop, done = threading.Event(), 0
-    job.on_progress(Progress("copy", 0, len(regions)))
+    job.on_progress(Progress("copy", 0, size * len(regions)))
     for region in regions:
         job.undo.doubtful(region)
     pool = ThreadPoolExecutor(min(_MOST_COPIES, max(1, len(regions))), thread_name_prefix="copy")
@@ -151,7 +151,7 @@ def copies(job: Job, image: str, options: ImageOptions) -> dict[str, Any]:
             finished = sum(future.done() for future in waiting.values())
             if finished != done:
                 done = finished
-                job.on_progress(Progress("copy", done, len(regions)))
+                job.on_progress(Progress("copy", size * done, size * len(regions)))
             time.sleep(0.05)
         found = {region: future.result() for region, future in waiting.items()}
     except BaseException:
@@ -159,7 +159,7 @@ def copies(job: Job, image: str, options: ImageOptions) -> dict[str, Any]:
         raise
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-    job.on_progress(Progress("copy", len(regions), len(regions)))
+    job.on_progress(Progress("copy", size * len(regions), size * len(regions)))
     return found
 
 

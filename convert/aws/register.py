@@ -184,16 +184,16 @@ def _literal(name: str) -> str:
 def register(job: Job, snapshot: str, found: Found, options: ImageOptions) -> Registered:
     """Make the image and its copies, and wait until all are available. Raises AwsError."""
     session = job.session
-    job.on_progress(Progress("register", 0, 1))
     image = _register(job, snapshot, found, options)
     job.undo.made(IMAGE, image, session.region)
     row = wait_image(session, image, session.region, born=time.monotonic())
-    job.on_progress(Progress("register", 1, 1))
+    size = GIB * sum(mapping.get("Ebs", {}).get("VolumeSize", 0) for mapping in row.get("BlockDeviceMappings", ()))
+    job.on_progress(Progress("register", size, size))
     rows = {session.region: row}
     if options.copy_to:
         from diskmorph.convert.aws.publish import copies  # noqa: PLC0415 - seldom needed
 
-        rows.update(copies(job, image, options))
+        rows.update(copies(job, image, options, size))
     images = {region: str(each["ImageId"]) for region, each in rows.items()}
     for region, each_image in images.items():
         _permit(session, region, each_image, options)

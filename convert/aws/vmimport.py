@@ -170,7 +170,7 @@ def import_disk(
         with how.job(session, key) as job:
             sent = _send(job, found, options, whole=whole)
             shape = infer(found.disk, found.machine) if whole else None
-            return _import(job, sent, options, shape)
+            return _import(job, sent, options, shape, found.disk.size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,14 +243,14 @@ def _convert(job: Job, source: Source, writer: ObjectWriter) -> None:
         target.commit(tuple(allocator.sizes()))
 
 
-def _import(job: Job, sent: _Sent, options: ImportOptions, shape: Found | None) -> Imported:
+def _import(job: Job, sent: _Sent, options: ImportOptions, shape: Found | None, size: int) -> Imported:
     session = job.session
     region = session.region
     job.undo.doubtful_task(region)
     task = _started(job, sent, options, shape)
     job.undo.made(TASK, task, region)
     job.undo.doubtful_task(None)
-    ended = _follow(job, task, image=shape is not None)
+    ended = _follow(job, task, size, image=shape is not None)
     made = list(made_by_task(session, Thing(TASK, task, region, job.id)))
     for thing in made:
         job.undo.made(thing.kind, thing.id, region)
@@ -291,8 +291,11 @@ def _started(job: Job, sent: _Sent, options: ImportOptions, shape: Found | None)
     return str(answer["ImportTaskId"])
 
 
-def _follow(job: Job, task: str, *, image: bool) -> str:
-    """Wait for a task, telling how far it is; return its last word. Raises AwsError with its own message."""
+def _follow(job: Job, task: str, size: int, *, image: bool) -> str:
+    """Wait for the task of a disk of `size` bytes, telling how far it is; return its last word.
+
+    Raises AwsError with the task's own message.
+    """
     action, key = (
         ("ec2:DescribeImportImageTasks", "ImportImageTasks")
         if image
@@ -304,9 +307,10 @@ def _follow(job: Job, task: str, *, image: bool) -> str:
         detail = row if image else row.get("SnapshotTaskDetail") or {}
         status, message = str(detail.get("Status", "active")), str(detail.get("StatusMessage") or "")
         progress = str(detail.get("Progress") or "0")
-        job.on_progress(Progress("import", int(progress) if progress.isdigit() else 0, 100))
+        share = int(progress) if progress.isdigit() else 0
+        job.on_progress(Progress("import", size * min(share, 99) // 100, size))
         if status == "completed":
-            job.on_progress(Progress("import", 100, 100))
+            job.on_progress(Progress("import", size, size))
             return message
         if status in {"deleted", "deleting", "error", "failed"}:
             job.undo.gone(TASK, task)

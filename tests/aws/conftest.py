@@ -11,6 +11,18 @@ import pytest
 from aws.fake import Fake, Serving
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_loader() -> Iterator[None]:
+    """Parse botocore's service models once, not for each session: they are most of what a command costs."""
+    import botocore.session
+
+    shared = botocore.session.create_loader()
+    kept = botocore.session.create_loader
+    botocore.session.create_loader = lambda *_, **__: shared
+    yield
+    botocore.session.create_loader = kept
+
+
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
     for name in [name for name in os.environ if name.startswith("AWS_")]:
