@@ -93,8 +93,8 @@ def _to_disk_shape(asked: Asked) -> bool:
     return _shape(asked) not in {"disk", *_TREES}
 
 
-_TREE_FORMATS = frozenset({"directory", "tar", "oci", "oci-archive", "docker-archive"})
-_TREE_PREFIXES = ("oci:", "oci-archive:", "docker-archive:")
+_TREE_FORMATS = frozenset({"directory", "tar", "oci", "oci-archive", "docker-archive", "docker"})
+_TREE_PREFIXES = ("oci:", "oci-archive:", "docker-archive:", "docker://", "docker+http://")
 _TREE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tzst")
 
 

@@ -13,7 +13,7 @@ from diskmorph.formats.source import ByteSource, FileSource
 if TYPE_CHECKING:
     from diskmorph.formats.tree import Tree
 
-TREE_FORMATS = ("directory", "tar", "docker-archive", "oci", "oci-archive", "iso")
+TREE_FORMATS = ("directory", "tar", "docker-archive", "oci", "oci-archive", "docker", "iso")
 
 _ISO_MARK = 32769  # the first volume descriptor's identifier, ECMA-119 8.1.2
 
@@ -21,7 +21,8 @@ _ISO_MARK = 32769  # the first volume descriptor's identifier, ECMA-119 8.1.2
 def tree_format(path: str | os.PathLike[str]) -> str | None:
     """Return which kind of tree a path is, by its content: one of TREE_FORMATS; None if it is none of them.
 
-    `oci:`, `oci-archive:` and `docker-archive:` before a name decide. Raises SourceError if it cannot be read.
+    `oci:`, `oci-archive:`, `docker-archive:` and `docker://` before a name decide. Raises SourceError if it cannot be
+    read.
     """
     prefix, _ = _prefixed(os.fspath(path))
     if prefix:
@@ -52,7 +53,7 @@ def open_tree(
         from diskmorph.formats.directory import read_directory  # noqa: PLC0415 - what is used is loaded
 
         return read_directory(name, limits=limits)
-    if found in {"oci", "oci-archive", "docker-archive"}:
+    if found in {"oci", "oci-archive", "docker-archive", "docker"}:
         from diskmorph.formats.oci import open_image  # noqa: PLC0415
 
         return open_image(name, format=found, platform=platform, limits=limits).tree()
@@ -111,7 +112,9 @@ def _archive_format(source: ByteSource) -> str | None:
 
 
 def _prefixed(path: str) -> tuple[str | None, str]:
-    """Split `oci:DIR` and the like; a name that exists as it is has no prefix."""
+    """Split `oci:DIR` and the like; a name that exists as it is has no prefix, one in a registry stays as it is."""
+    if path.startswith(("docker://", "docker+http://")):
+        return "docker", path
     for word in ("oci-archive", "docker-archive", "oci"):
         if path.startswith(word + ":") and not Path(path).exists():
             return word, path[len(word) + 1 :]

@@ -13,9 +13,9 @@ ROOT = Path(__file__).resolve().parent.parent
 OTHERS = {"tests", "benchmarks", "fixtures", "scripts", "docs", "build", "dist"}
 LAYERS = ("cli", "commands", "convert", "formats")
 """Who may import whom: each only itself and what stands to its right."""
-BUILT_ON = {"ovf": {"tar"}, "oci": {"tar"}, "ami": {"tar"}, "compressed": {"tar"}, "qcow2": {"luks"}}
+BUILT_ON = {"ovf": {"tar"}, "oci": {"tar", "docker_registry"}, "ami": {"tar"}, "compressed": {"tar"}, "qcow2": {"luks"}}
 """Formats that are defined as archives of another one, and may know it: an OVA is a tar, as are layers,
-bundles and the tarballs of clouds; a qcow2 may hold a LUKS header."""
+bundles and the tarballs of clouds; a qcow2 may hold a LUKS header, and a registry keeps container images."""
 
 
 def sources() -> list[Path]:

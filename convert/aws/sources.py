@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from diskmorph.formats.disk import Disk
     from diskmorph.formats.machine import Machine
 
-_TREES = frozenset({"docker-archive", "oci", "oci-archive", "tar", "directory"})
-_PREFIXES = ("oci:", "oci-archive:", "docker-archive:")
+_TREES = frozenset({"docker-archive", "oci", "oci-archive", "docker", "tar", "directory"})
+_PREFIXES = ("oci:", "oci-archive:", "docker-archive:", "docker://", "docker+http://")
 _SMALL = 64 << 20
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from diskmorph.formats.oci import Image
     from diskmorph.formats.tree import Entry
 
-_IMAGES = ("oci", "oci-archive", "docker-archive")
+_IMAGES = ("oci", "oci-archive", "docker-archive", "docker")
 
 
 def commit(
@@ -72,9 +72,12 @@ def _open_base(options: CommitOptions) -> Image:
         raise OptionError("commit needs the image that the disk was built from", hint="name it with --base IMAGE")
     kind = tree_format(options.base)
     if kind not in _IMAGES:
-        raise OptionError(f"the base {options.base!r} is no container image", hint="OCI, oci-archive, docker-archive")
+        raise OptionError(
+            f"the base {options.base!r} is no container image", hint="OCI, oci-archive, docker-archive, docker://"
+        )
     limits = options.extract.convert.limits
-    return open_image(options.base.removeprefix(f"{kind}:"), format=kind, limits=limits)
+    name = options.base if kind == "docker" else options.base.removeprefix(f"{kind}:")
+    return open_image(name, format=kind, platform=options.extract.platform, limits=limits)
 
 
 def _changed_entries(base: Image, tree: Tree) -> Sequence[Entry]:

@@ -37,7 +37,8 @@ def extract(
     """Extract a disk's root file system; `source` may also be an ISO, an archive, an open Disk or Tree.
 
     The root is found by partition type, else by its content; what its fstab mounts from the same disk is merged. DST is
-    NAME.tar, a directory, `oci:DIR`, `oci-archive:FILE` or `docker-archive:FILE`. Raises DiskmorphError.
+    NAME.tar, a directory, `oci:DIR`, `oci-archive:FILE`, `docker-archive:FILE` or `docker://HOST/NAME`. Raises
+    DiskmorphError.
     """
     options = options or ExtractOptions()
     begun = time.monotonic()
@@ -68,7 +69,7 @@ def open_source_tree(source: str | os.PathLike[str] | Disk, options: ExtractOpti
     wanted = options.convert
     if isinstance(source, str | os.PathLike):
         kind = wanted.source_format or tree_format(source)
-        if kind in {"directory", "tar", "iso", "oci", "oci-archive", "docker-archive"}:
+        if kind in {"directory", "tar", "iso", "oci", "oci-archive", "docker-archive", "docker"}:
             if options.partition is not None:
                 raise OptionError(f"{os.fspath(source)} is no disk", hint="leave --partition out")
             return open_tree(source, format=kind, platform=options.platform, limits=wanted.limits)

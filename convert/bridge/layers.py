@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from diskmorph.formats.ext4.writer import State
     from diskmorph.formats.oci import Image
 
-_IMAGES = ("oci", "oci-archive", "docker-archive")
+_IMAGES = ("oci", "oci-archive", "docker-archive", "docker")
 
 
 def build_layers(
@@ -65,10 +65,15 @@ def build_layers(
 def _open(source: str | os.PathLike[str] | Tree, options: BuildOptions) -> Image:
     kind = None if isinstance(source, Tree) else options.convert.source_format or tree_format(source)
     if isinstance(source, Tree) or kind not in _IMAGES:
-        raise OptionError("--layers needs a container image", hint="an OCI layout or archive, or a docker-archive")
+        raise OptionError(
+            "--layers needs a container image", hint="an OCI layout or archive, a docker-archive, docker://"
+        )
     name = os.fspath(source)
     return open_image(
-        name.removeprefix(f"{kind}:"), format=kind, platform=options.platform, limits=options.convert.limits
+        name if kind == "docker" else name.removeprefix(f"{kind}:"),
+        format=kind,
+        platform=options.platform,
+        limits=options.convert.limits,
     )
 
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 from diskmorph.convert.job import convert
 from diskmorph.convert.options import ConvertOptions, ConvertReport, Moved, Progress
 from diskmorph.formats.directory import DirectoryTarget
+from diskmorph.formats.docker_registry.reference import is_reference, parse_reference
 from diskmorph.formats.errors import OptionError, TargetError
-from diskmorph.formats.oci.writer import ArchiveSink, NewImage, encoded, write_docker, write_layout
+from diskmorph.formats.oci.writer import ArchiveSink, NewImage, encoded, write_blobs, write_docker, write_layout
 from diskmorph.formats.output import FileTarget
 from diskmorph.formats.tar import TarOptions, tar_disk
 
@@ -29,23 +30,31 @@ LAYER_TAR = TarOptions(root_name=b"", acl_text=False, sparse=None)
 
 @dataclass(frozen=True)
 class Output:
-    """A parsed DST: its kind (directory, tar, oci, oci-archive, docker-archive), path and, of images, name and tag."""
+    """A parsed DST: its kind (directory, tar, oci, oci-archive, docker-archive), path and, of images, name and tag.
+
+    Of the kind docker, an image in a registry, `url` is its whole name, and there is no path.
+    """
 
     kind: str
     path: Path
     tag: str | None = None
+    url: str = ""
 
     @property
     def is_image(self) -> bool:
         """Whether it is a container image."""
-        return self.kind in {"oci", "oci-archive", "docker-archive"}
+        return self.kind in {"oci", "oci-archive", "docker-archive", "docker"}
 
 
 def parse_output(target: str, format: str | None = None) -> Output:
     """Return what a DST says. `oci:DIR[:TAG]`, `oci-archive:FILE[:NAME:TAG]`, `docker-archive:FILE[:NAME:TAG]`.
 
-    Else NAME.tar (or .tar.gz, .tgz, .tar.zst) is an archive, anything else a directory, unless `format` decides.
+    `docker://HOST/NAME[:TAG]` is an image in a registry. Else NAME.tar (or .tar.gz, .tgz, .tar.zst) is an archive,
+    anything else a directory, unless `format` decides. Raises OptionError.
     """
+    if is_reference(target):
+        parse_reference(target)
+        return Output("docker", Path(), url=target)
     for kind in ("oci-archive", "docker-archive", "oci"):
         if target.startswith(kind + ":"):
             name, _, tag = target[len(kind) + 1 :].partition(":")
@@ -143,7 +152,7 @@ def _write_directory(
 def _report(output: Output, size: int, stored: int, moved: Moved) -> ConvertReport:
     return ConvertReport(
         source="",
-        target=str(output.path),
+        target=output.url or str(output.path),
         format=output.kind,
         virtual_size=size,
         stored_size=stored,
@@ -204,6 +213,8 @@ def write_image(
             tree.verify_unchanged()
             folder.commit()
             stored = sink.size
+    elif output.kind == "docker":
+        stored = _push(image, output.url, tree, force=options.force)
     else:
         with FileTarget(output.path.parent, [output.path.name], force=options.force, sync=options.sync) as target:
             member = target.members[0]
@@ -214,3 +225,14 @@ def write_image(
             target.commit([stored])
     plain = output.kind == "docker-archive" or image.compress == "none"
     return _report(output, total, stored, Moved(copied=total) if plain else Moved(encoded=total))
+
+
+def _push(image: NewImage, url: str, tree: Tree, *, force: bool) -> int:
+    """Send an image to a registry; return the bytes of its blobs and manifest."""
+    from diskmorph.formats.oci.remote import RegistryTarget  # noqa: PLC0415 - what is used is loaded
+
+    with RegistryTarget(url, force=force) as target:
+        manifest = write_blobs(image, target)
+        tree.verify_unchanged()
+        target.commit(manifest)
+        return target.size

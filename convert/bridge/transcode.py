@@ -38,7 +38,7 @@ def convert_tree(
         tree = source
     else:
         kind = wanted.convert.source_format or _kind(source)
-        if kind not in {"directory", "tar", "iso", "oci", "oci-archive", "docker-archive"}:
+        if kind not in {"directory", "tar", "iso", "oci", "oci-archive", "docker-archive", "docker"}:
             return extract(source, target, options=wanted, on_progress=on_progress)
         tree = open_tree(os.fspath(source), format=kind, limits=wanted.convert.limits)  # type: ignore[arg-type]
     try:

@@ -78,14 +78,19 @@ class ImageFiles:
             data = source.read(0, source.size)
         if digest is not None:
             require_digest(digest, data, f"{self.name}: {name}")
-        try:
-            return json.loads(data)
-        except (ValueError, RecursionError) as error:
-            raise FormatError(f"{name} is not JSON: {error}", file=self.name) from error
+        return parse_json(data, self.name, name)
 
     def missing(self, name: str) -> FormatError:
         """Return the error that says which file is missing."""
         return FormatError(f"the image lacks {name}", file=self.name, structure="image")
+
+
+def parse_json(data: bytes, file: str, name: str) -> Any:
+    """Return untrusted JSON. Raises FormatError for what is none."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{name} is not JSON: {error}", file=file) from error
 
 
 class DirectoryFiles(ImageFiles):

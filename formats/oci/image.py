@@ -144,13 +144,15 @@ def open_image(
     platform: str | None = None,
     limits: Limits | None = None,
 ) -> Image:
-    """Open an image of that format (oci, oci-archive, docker-archive); a suffix `:NAME` chooses among several.
+    """Open an image of that format (oci, oci-archive, docker-archive, docker: in a registry).
+
+    A suffix `:NAME` chooses among several in one archive or layout.
 
     `platform` is `os/architecture[/variant]`; without it an index gives the machine's own. Raises FormatError,
     IntegrityError, UnsupportedError, OptionError.
     """
     limits = limits or Limits()
-    name, tag = _split_tag(os.fspath(path))
+    name, tag = (os.fspath(path), None) if format == "docker" else _split_tag(os.fspath(path))
     files = _open_files(name, format, limits)
     try:
         if format == "docker-archive" and files.has("manifest.json"):
@@ -162,6 +164,10 @@ def open_image(
 
 
 def _open_files(name: str, format: str, limits: Limits) -> ImageFiles:
+    if format == "docker":
+        from diskmorph.formats.oci.remote import RegistryFiles  # noqa: PLC0415 - what is used is loaded
+
+        return RegistryFiles(name, limits)
     if format == "oci":
         return DirectoryFiles(name, limits)
     return ArchiveFiles(decoded(FileSource(name), limits), limits)

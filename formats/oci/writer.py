@@ -78,8 +78,8 @@ def to_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
-def write_layout(image: NewImage, sink: Sink) -> str:
-    """Write an OCI layout; return the manifest's digest."""
+def write_blobs(image: NewImage, sink: Sink) -> bytes:
+    """Write layers and configuration of an OCI image; return its manifest, which is not written."""
     stored = [_write_layer(layer, image, sink, _oci_blob_name, plain=False) for layer in image.layers]
     config = _put_json(sink, _config(image, stored))
     manifest = {
@@ -88,7 +88,13 @@ def write_layout(image: NewImage, sink: Sink) -> str:
         "config": {"mediaType": s.OCI_CONFIG, "digest": config[0], "size": config[1]},
         "layers": [{"mediaType": one.media_type, "digest": one.digest, "size": one.size} for one in stored],
     }
-    digest, size = _put_json(sink, manifest)
+    return to_json(manifest)
+
+
+def write_layout(image: NewImage, sink: Sink) -> str:
+    """Write an OCI layout; return the manifest's digest."""
+    manifest = write_blobs(image, sink)
+    digest, size = _put_body(sink, manifest)
     descriptor: dict[str, Any] = {"mediaType": s.OCI_MANIFEST, "digest": digest, "size": size}
     platform = {key: image.config[key] for key in ("architecture", "os", "variant") if image.config.get(key)}
     descriptor["platform"] = platform
@@ -130,7 +136,10 @@ def _docker_layer_name(diff_id: str) -> str:
 
 
 def _put_json(sink: Sink, value: Any) -> tuple[str, int]:
-    body = to_json(value)
+    return _put_body(sink, to_json(value))
+
+
+def _put_body(sink: Sink, body: bytes) -> tuple[str, int]:
     digest = f"sha256:{hashlib.sha256(body).hexdigest()}"
     put_bytes(sink, _oci_blob_name(digest), body)
     return digest, len(body)
@@ -290,6 +299,7 @@ __all__ = [
     "encoded",
     "put_bytes",
     "to_json",
+    "write_blobs",
     "write_docker",
     "write_layout",
 ]
