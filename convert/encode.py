@@ -10,6 +10,7 @@ import numpy as np
 from diskmorph.convert import buffers
 from diskmorph.convert.buffers import layout, new_buffer
 from diskmorph.convert.options import Moved
+from diskmorph.convert.passing import Stream, may_pass, passed
 from diskmorph.formats.allocator import RUN
 from diskmorph.formats.errors import IntegrityError
 from diskmorph.formats.extents import ABSENT, DATA, PLAIN, ZERO
@@ -32,6 +33,8 @@ class EncodedBatch:
     window: Window
     runs: NDArray[np.void]
     payloads: list[Buffer]
+    passed: int = 0
+    """Bytes of the disk whose encoded form was passed through."""
     placed: NDArray[np.void] | None = None
     tables: tuple[Write, ...] = ()
 
@@ -53,6 +56,7 @@ class EncodeHand:
         self._memory = new_buffer(max(ways.capacity, allocator.unit))
         self._base_memory = new_buffer(len(self._memory)) if base is not None else None
         self._plain_allowed = PLAIN in allocator.codecs
+        self._may_pass = may_pass(allocator) and ways.zero_kind == ZERO  # reproducible images hang on content alone
         self.done = 0
         self.moved = Moved()
 
@@ -63,16 +67,16 @@ class EncodeHand:
         unit = self._allocator.unit
         plan = layout(window.segments, unit)
         buffer = self._memory[: plan.size]
-        self._reader.fill(window.rows, plan.pieces, buffer)
+        streams: dict[int, Stream] | None = {} if self._may_pass else None
+        self._reader.fill(window.rows, plan.pieces, buffer, streams)
         kinds = self._kinds(window, plan.pieces, buffer)
         rest = self._zero_kind(buffers.with_segments(window, buffers.runs_of(plan.pieces, kinds, unit)))
         payloads: list[Buffer] = []
         units = self._units(plan.pieces, kinds)
-        for row in units:
-            self._add(row, int(row["size"]), buffer, payloads)
+        through = sum(self._add(row, int(row["size"]), buffer, payloads, streams or {}) for row in units)
         units["size"] = [len(payload) for payload in payloads]
         whole = np.concatenate([buffers.joined(rest[rest["kind"] != DATA]), units])
-        return EncodedBatch(window, whole[np.argsort(whole["start"], kind="stable")], payloads)
+        return EncodedBatch(window, whole[np.argsort(whole["start"], kind="stable")], payloads, through)
 
     def _zero_kind(self, runs: NDArray[np.void]) -> NDArray[np.void]:
         if self._ways.zero_kind != ZERO:
@@ -102,13 +106,19 @@ class EncodeHand:
         units["size"], units["kind"], units["codec"] = at, DATA, self._allocator.codec
         return units
 
-    def _add(self, row: np.void, at: int, buffer: memoryview, payloads: list[Buffer]) -> None:
+    def _add(
+        self, row: np.void, at: int, buffer: memoryview, payloads: list[Buffer], streams: dict[int, Stream]
+    ) -> int:
+        """Add what is written for one unit; return how many of the disk's bytes were passed through."""
         unit = buffer[at : at + self._allocator.unit]
-        framed = self._allocator.frame(int(row["start"]), self._encode(unit))
+        stream = streams.get(at)
+        through = None if stream is None else passed(stream, unit, self._allocator.codec)
+        framed = self._allocator.frame(int(row["start"]), self._encode(unit) if through is None else through)
         if len(framed) >= len(unit) and self._plain_allowed:
             row["codec"] = PLAIN
-            framed = unit[: int(row["length"])]
+            framed, through = unit[: int(row["length"])], None
         payloads.append(framed)
+        return 0 if through is None else int(row["length"])
 
     def settle(self, batch: EncodedBatch) -> None:
         """Ask for places; write at once where order matters."""
@@ -162,5 +172,6 @@ class EncodeHand:
             self._writer.tables(batch.tables)
         plain = asked["codec"] == PLAIN
         self.moved.copied += int(asked["length"][plain].sum())
-        self.moved.encoded += int(asked["length"][~plain].sum())
+        self.moved.encoded += int(asked["length"][~plain].sum()) - batch.passed
+        self.moved.passed += batch.passed
         self.moved.skipped += batch.window.stop - batch.window.start - int(asked["length"].sum())

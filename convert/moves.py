@@ -10,6 +10,7 @@ import numpy as np
 
 from diskmorph.convert.buffers import meet
 from diskmorph.convert.clone import clone_range
+from diskmorph.convert.passing import Stream
 from diskmorph.formats.errors import DiskmorphError, SourceError
 from diskmorph.formats.extents import DATA, PLAIN, stops
 
@@ -57,8 +58,17 @@ class Reader:
             self._lent[file] = None if full else self._stack.enter_context(self.disk.files[file].descriptor())
         return self._lent[file]
 
-    def fill(self, rows: NDArray[np.void], pieces: NDArray[np.void], buffer: memoryview) -> None:
-        """Fill `buffer`, laid out by `pieces`, with what the extents hold there; zeroes where they hold no data."""
+    def fill(
+        self,
+        rows: NDArray[np.void],
+        pieces: NDArray[np.void],
+        buffer: memoryview,
+        streams: dict[int, Stream] | None = None,
+    ) -> None:
+        """Fill `buffer`, laid out by `pieces`, with what the extents hold there; zeroes where they hold no data.
+
+        `streams` takes what encodes whole units, by their place in the buffer.
+        """
         data = rows[rows["kind"] == DATA]
         if (
             len(data) == 1
@@ -79,7 +89,7 @@ class Reader:
             self._read_plain(met, ahead, at, length, buffer)
             return
         self._read_plain(met[plain], ahead[plain], at[plain], length[plain], buffer)
-        self._decode(met[~plain], ahead[~plain], at[~plain], length[~plain], buffer)
+        self._decode(met[~plain], ahead[~plain], at[~plain], length[~plain], buffer, streams)
 
     def _whole(self, row: np.void, piece: np.void, buffer: memoryview) -> bool:
         """Read a buffer that one extent covers; False if it does not."""
@@ -130,6 +140,7 @@ class Reader:
         at: NDArray[np.uint64],
         length: NDArray[np.uint64],
         buffer: memoryview,
+        streams: dict[int, Stream] | None,
     ) -> None:
         disk = self.disk
         names = ("file", "offset", "stored", "codec")
@@ -137,7 +148,12 @@ class Reader:
         for file, offset, stored, codec, skip, place, count in zip(
             *(rows[name].tolist() for name in names), skips, at.tolist(), length.tolist(), strict=True
         ):
-            unit = disk.decode_unit(file, offset, stored, codec, skip + count)
+            if streams is None:
+                unit = disk.decode_unit(file, offset, stored, codec, skip + count)
+            else:
+                unit, stream = disk.encoded_unit(file, offset, stored, codec, skip + count)
+                if len(stream) and count == len(unit):
+                    streams[place] = Stream(codec, stream, count)
             buffer[place : place + count] = unit[skip : skip + count] if len(unit) != count else unit
 
 

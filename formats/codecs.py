@@ -16,48 +16,69 @@ if TYPE_CHECKING:
 
     from diskmorph.formats.source import Buffer
 
+_FRAME = (0xFD2FB528).to_bytes(4, "little")
+_RLE = 1  # a block of one byte, repeated
 
-def _inflate(wbits: int) -> Callable[[Buffer, int], bytes]:
-    def decode(stored: Buffer, length: int) -> bytes:
+
+def _inflate(wbits: int) -> Callable[[Buffer, int], tuple[bytes, int]]:
+    def decode(stored: Buffer, length: int) -> tuple[bytes, int]:
         from isal import igzip_lib, isal_zlib  # noqa: PLC0415 - loads when first used
 
+        stream = isal_zlib.decompressobj(wbits)
         try:
-            return isal_zlib.decompressobj(wbits).decompress(stored, length + 1)
+            out = stream.decompress(stored, length + 1)
         except (igzip_lib.IsalError, zlib.error) as error:  # type: ignore[misc]  # a class, though its stub says otherwise
             raise FormatError(f"compressed data is damaged: {error}") from error
+        return out, len(stored) - len(stream.unused_data) if stream.eof else 0
 
     return decode
 
 
-def _zstd(stored: Buffer, length: int) -> bytes:
+def _zstd(stored: Buffer, length: int) -> tuple[bytes, int]:
     import zstandard  # noqa: PLC0415 - loads when first used
 
     try:
         with zstandard.ZstdDecompressor().stream_reader(stored) as reader:
-            return reader.read(length + 1)
+            return reader.read(length + 1), 0
     except zstandard.ZstdError as error:
         raise FormatError(f"compressed data is damaged: {error}") from error
 
 
-def _bzip2(stored: Buffer, length: int) -> bytes:
+def _frame_end(stored: Buffer) -> int:
+    """Return where a zstd frame that was decoded ends (RFC 8878, 3.1.1); 0 for what is no plain frame."""
+    import zstandard  # noqa: PLC0415 - loaded by now
+
+    view = memoryview(stored)
+    if view[:4] != _FRAME:
+        return 0
+    at = zstandard.frame_header_size(view)
+    last = 0
+    while not last:
+        head = int.from_bytes(view[at : at + 3], "little")
+        last, kind = head & 1, head >> 1 & 3
+        at += 3 + (1 if kind == _RLE else head >> 3)
+    return at + (4 if zstandard.get_frame_parameters(view).has_checksum else 0)
+
+
+def _bzip2(stored: Buffer, length: int) -> tuple[bytes, int]:
     import bz2  # noqa: PLC0415
 
     try:
-        return bz2.BZ2Decompressor().decompress(bytes(stored), length + 1)
+        return bz2.BZ2Decompressor().decompress(bytes(stored), length + 1), 0
     except OSError as error:
         raise FormatError(f"compressed data is damaged: {error}") from error
 
 
-def _lzma(stored: Buffer, length: int) -> bytes:
+def _lzma(stored: Buffer, length: int) -> tuple[bytes, int]:
     import lzma  # noqa: PLC0415
 
     try:
-        return lzma.LZMADecompressor().decompress(bytes(stored), length + 1)
+        return lzma.LZMADecompressor().decompress(bytes(stored), length + 1), 0
     except lzma.LZMAError as error:
         raise FormatError(f"compressed data is damaged: {error}") from error
 
 
-_DECODERS: dict[int, Callable[[Buffer, int], bytes]] = {
+_DECODERS: dict[int, Callable[[Buffer, int], tuple[bytes, int]]] = {
     DEFLATE: _inflate(-15),  # qemu writes a 12-bit window, others 15: inflate takes both
     ZLIB: _inflate(15),
     ZSTD: _zstd,
@@ -72,11 +93,21 @@ def decode(codec: int, stored: Buffer, length: int) -> bytes:
     Never decodes more than about `length`. Raises FormatError if the data is damaged, or shorter or longer than
     `length`; UnsupportedError if nothing here decodes `codec`.
     """
+    return _decode(codec, stored, length)[0]
+
+
+def decode_exactly(codec: int, stored: Buffer, length: int) -> tuple[bytes, int]:
+    """Return what `decode` does, and how many bytes of `stored` the encoded stream takes; 0 where that is not known."""
+    out, taken = _decode(codec, stored, length)
+    return out, _frame_end(stored) if codec == ZSTD else taken
+
+
+def _decode(codec: int, stored: Buffer, length: int) -> tuple[bytes, int]:
     decoder = _DECODERS.get(codec)
     if decoder is None:
         raise UnsupportedError(f"{CODEC_NAMES[codec]} compression is not supported", feature=CODEC_NAMES[codec])
-    out = decoder(stored, length)
+    out, taken = decoder(stored, length)
     if len(out) != length:
         found = "more" if len(out) > length else f"{len(out)} bytes"
         raise FormatError("compressed data has the wrong length", expected=f"{length} bytes", found=found)
-    return out
+    return out, taken

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from diskmorph.formats.codecs import decode
+from diskmorph.formats.codecs import decode, decode_exactly
 from diskmorph.formats.errors import DiskmorphError, FormatError, PolicyError
 from diskmorph.formats.extents import ABSENT, DATA, EXTENT, HOLE, PLAIN, coalesced, stops
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from diskmorph.formats.bitmaps import DirtyBitmap
-    from diskmorph.formats.source import ByteSource
+    from diskmorph.formats.source import Buffer, ByteSource
 
 _CACHED_UNITS = 16
 
@@ -125,6 +125,21 @@ class Disk(ABC):
         except DiskmorphError as error:
             error.structure = error.structure or "compressed data"
             raise error.located(file=source.name, format=self.format, offset=offset) from error.__cause__
+
+    def encoded_unit(self, file: int, offset: int, stored: int, codec: int, least: int) -> tuple[bytes, Buffer]:
+        """Return what `decode_unit` does, and the bytes that encode it, exactly; none where they can't be passed on."""
+        return self.decode_unit(file, offset, stored, codec, least), b""
+
+    def _encoded(self, file: int, offset: int, stored: int, codec: int, least: int) -> tuple[bytes, Buffer]:
+        """Return what `encoded_unit` does, for formats that keep nothing but the stream."""
+        source = self.files[file]
+        data = source.read_upto(offset, stored)
+        try:
+            unit, taken = decode_exactly(codec, data, max(self.unit_size(), least))
+        except DiskmorphError as error:
+            error.structure = error.structure or "compressed data"
+            raise error.located(file=source.name, format=self.format, offset=offset) from error.__cause__
+        return unit, memoryview(data)[:taken]
 
     def unit_size(self) -> int:
         """Return the decoded size of an encoded unit; 0 where there are none."""
@@ -267,6 +282,9 @@ class _Checked(Disk):
 
     def decode_unit(self, file: int, offset: int, stored: int, codec: int, least: int) -> bytes:
         return self._disk.decode_unit(file, offset, stored, codec, least)
+
+    def encoded_unit(self, file: int, offset: int, stored: int, codec: int, least: int) -> tuple[bytes, Buffer]:
+        return self._disk.encoded_unit(file, offset, stored, codec, least)
 
     def _extents(self, start: int, stop: int) -> Iterator[NDArray[np.void]]:
         at = start

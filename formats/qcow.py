@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from diskmorph.formats.allocator import Allocator, NewImage, Option
     from diskmorph.formats.limits import Limits
     from diskmorph.formats.registry import OpenContext
-    from diskmorph.formats.source import ByteSource
+    from diskmorph.formats.source import Buffer, ByteSource
 
 OPTIONS: tuple[Option, ...] = ()
 SUBFORMATS: tuple[str, ...] = ()
@@ -183,6 +183,10 @@ class QcowDisk(ImageDisk):
     def unit_size(self) -> int:
         """Return the cluster's size."""
         return self._header.cluster
+
+    def encoded_unit(self, file: int, offset: int, stored: int, codec: int, least: int) -> tuple[bytes, Buffer]:
+        """See Disk."""
+        return self._encoded(file, offset, stored, codec, least)
 
     def _table(self) -> NDArray[np.uint64]:
         """Return the L1 table: offsets of L2 tables, 0 for none. Raises FormatError where one is not in the file."""

@@ -7,6 +7,7 @@ given by its extents, `Zero` and `Memory` what they say.
 from __future__ import annotations
 
 import threading
+from bisect import bisect_right
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
@@ -86,6 +87,10 @@ class _Derived(Disk):
     def decode_unit(self, file: int, offset: int, stored: int, codec: int, least: int) -> bytes:
         owner, index = self._owner(file)
         return owner.decode_unit(index, offset, stored, codec, least)
+
+    def encoded_unit(self, file: int, offset: int, stored: int, codec: int, least: int) -> tuple[bytes, Buffer]:
+        owner, index = self._owner(file)
+        return owner.encoded_unit(index, offset, stored, codec, least)
 
     def verify_unchanged(self) -> None:
         for disk in self._parts():
@@ -348,7 +353,7 @@ class Regions(_Derived):
         yield rows[at:]
 
     def _nested(self, start: int, stop: int) -> Iterator[NDArray[np.void]]:
-        begin, disk, first = next(entry for entry in reversed(self._disks) if entry[0] <= start)
+        begin, disk, first = self._disks[bisect_right(self._disks, start, key=lambda entry: entry[0]) - 1]
         for batch in disk.extents(start - begin, stop - begin):
             rows = batch.copy()
             rows["start"] += np.uint64(begin)

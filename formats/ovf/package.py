@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from diskmorph.formats.limits import Limits
     from diskmorph.formats.ovf.model import DiskRef, Envelope
     from diskmorph.formats.policy import Opener
-    from diskmorph.formats.source import ByteSource
+    from diskmorph.formats.source import Buffer, ByteSource
 
 _OVERHEAD = 64 << 20
 """Bytes that a disk's file may have beyond its capacity and an eighth of it: tables, data that does not compress."""
@@ -237,6 +237,9 @@ class _Delta(Disk):
     def decode_unit(self, file: int, offset: int, stored: int, codec: int, least: int) -> bytes:
         return self._layer.decode_unit(file, offset, stored, codec, least)
 
+    def encoded_unit(self, file: int, offset: int, stored: int, codec: int, least: int) -> tuple[bytes, Buffer]:
+        return self._layer.encoded_unit(file, offset, stored, codec, least)
+
     def verify_unchanged(self) -> None:
         self._layer.verify_unchanged()
 
@@ -279,6 +282,10 @@ class MemberDisk(ImageDisk):
     def decode_unit(self, file: int, offset: int, stored: int, codec: int, least: int) -> bytes:
         """See Disk."""
         return self._disk.decode_unit(file, offset, stored, codec, least)
+
+    def encoded_unit(self, file: int, offset: int, stored: int, codec: int, least: int) -> tuple[bytes, Buffer]:
+        """See Disk."""
+        return self._disk.encoded_unit(file, offset, stored, codec, least)
 
     def verify_unchanged(self) -> None:
         """See Disk."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from diskmorph.formats.bitmaps import DirtyBitmap
     from diskmorph.formats.qcow2.extensions import SnapshotEntry
     from diskmorph.formats.registry import OpenContext
-    from diskmorph.formats.source import ByteSource
+    from diskmorph.formats.source import Buffer, ByteSource
 
 
 class Qcow2Disk(ImageDisk):
@@ -116,6 +116,10 @@ class Qcow2Disk(ImageDisk):
     def unit_size(self) -> int:
         """Return the cluster's size."""
         return self._header.cluster
+
+    def encoded_unit(self, file: int, offset: int, stored: int, codec: int, least: int) -> tuple[bytes, Buffer]:
+        """See Disk."""
+        return self._encoded(file, offset, stored, codec, least)
 
     def _table(self) -> NDArray[np.uint64]:
         """Return the L2 tables' offsets, by L1 index; read once."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from diskmorph.formats.source import ByteSource
+    from diskmorph.formats.source import Buffer, ByteSource
 
 _CHUNK_ENTRIES = 1 << 17
 _CACHED_TABLES = 64
@@ -38,8 +38,11 @@ class Extent(ABC):
     def rows(self, start: int, stop: int) -> Iterator[NDArray[np.void]]:
         """Yield sorted, gapless EXTENT rows over start..stop (bytes in the extent), all with file number 0."""
 
-    def decode(self, offset: int, stored: int) -> bytes:
-        """Return the compressed grain whose zlib stream begins at `offset` and takes at most `stored` bytes."""
+    def decode(self, offset: int, stored: int) -> tuple[bytes, Buffer]:
+        """Return the compressed grain whose zlib stream begins at `offset` and takes at most `stored` bytes.
+
+        The second is the stream itself; nothing where its end is not known.
+        """
         raise NotImplementedError
 
 

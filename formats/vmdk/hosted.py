@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diskmorph.formats.codecs import decode
+from diskmorph.formats.codecs import decode_exactly
 from diskmorph.formats.errors import DiskmorphError, FormatError, UnsupportedError
 from diskmorph.formats.extents import DATA, HOLE, ZERO, ZLIB
 from diskmorph.formats.vmdk import schema
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from diskmorph.formats.limits import Limits
-    from diskmorph.formats.source import ByteSource
+    from diskmorph.formats.source import Buffer, ByteSource
 
 _MAX_GRAIN = 1 << 21
 _MAX_ENTRIES = 1 << 16
@@ -323,7 +323,7 @@ class StreamExtent(HostedExtent):
             found=found,
         )
 
-    def decode(self, offset: int, stored: int) -> bytes:
+    def decode(self, offset: int, stored: int) -> tuple[bytes, Buffer]:
         """See Extent: the marker's LBA must be that of a grain which the tables place here."""
         place = offset - self._skip
         raw = self.source.read_upto(place, stored + self._skip)
@@ -346,16 +346,17 @@ class StreamExtent(HostedExtent):
                 return number
         raise self._bad("the marker names another grain than the grain table", place, "lba", "the table's grain", lba)
 
-    def _inflate(self, raw: bytes, number: int | None, offset: int) -> bytes:
-        """Return a grain decoded. The disk's last one may hold only what the disk still has."""
+    def _inflate(self, raw: bytes, number: int | None, offset: int) -> tuple[bytes, Buffer]:
+        """Return a grain decoded, and what encodes it. The disk's last one may hold only what the disk still has."""
         rest = self.size % self.grain
         last = rest and (number is None or number == self.size // self.grain)
         try:
             try:
-                return decode(ZLIB, raw, self.grain)
+                grain, taken = decode_exactly(ZLIB, raw, self.grain)
             except FormatError:
                 if not last:
                     raise
-                return decode(ZLIB, raw, rest)
+                grain, taken = decode_exactly(ZLIB, raw, rest)
         except DiskmorphError as error:
             raise error.located(file=self.source.name, format="vmdk", offset=offset) from error.__cause__
+        return grain, memoryview(raw)[:taken]

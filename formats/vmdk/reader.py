@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from diskmorph.formats.registry import OpenContext
-    from diskmorph.formats.source import ByteSource
+    from diskmorph.formats.source import Buffer, ByteSource
     from diskmorph.formats.vmdk.descriptor import Descriptor, ExtentLine
     from diskmorph.formats.vmdk.schema import SparseHeader
 
@@ -72,6 +72,10 @@ class VmdkDisk(ImageDisk):
 
     def decode_unit(self, file: int, offset: int, stored: int, codec: int, least: int) -> bytes:
         """See Disk: one compressed grain, its marker checked."""
+        return self.encoded_unit(file, offset, stored, codec, least)[0]
+
+    def encoded_unit(self, file: int, offset: int, stored: int, codec: int, least: int) -> tuple[bytes, Buffer]:
+        """See Disk."""
         del codec, least
         return self._by_file[file].decode(offset, stored)
 
