@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Build a bootable disk from a tree: a directory, a tar archive (gzip, zstd, xz or plain), a docker-archive, an OCI
-layout or archive.
+layout or archive, an image in a registry (docker://HOST/NAME:TAG; credentials are those of docker login).
 
 The disk has a GPT with the root file system last, so that it can grow. It is written straight in DST's format; no
 root, no loop device and no temporary image are needed, and nothing of the tree is unpacked."""
@@ -23,6 +23,7 @@ root, no loop device and no temporary image are needed, and nothing of the tree 
 EXAMPLES = (
     ("diskmorph build app.tar disk.qcow2", "boots on BIOS and UEFI; the tree has a kernel"),
     ("diskmorph build app.tar disk.vmdk --kernel linux-image.deb", "a container without a kernel"),
+    ("diskmorph build docker://docker.io/library/debian:12 disk.qcow2 --kernel linux-image.deb", "from a registry"),
     ("diskmorph build oci:app disk.raw --boot none", "the root partition alone, nothing put in"),
     ("diskmorph build rootfs/ disk.vhdx --size 20G --hostname web-1", "of a given size"),
     ("diskmorph build app.tar disk.qcow2 --size min", "as small as can be; or --size +2G for room"),
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="TREE", help="a directory, archive or container image")
     parser.add_argument("target", metavar="DST", help="the disk to be written")
     group = parser.add_argument_group("tree")
-    group.add_argument("-f", "--format", metavar="FMT", help="directory, tar, oci, oci-archive or docker-archive")
+    group.add_argument("-f", "--format", metavar="FMT", help="directory, tar, oci, oci-archive, docker-archive, docker")
     group.add_argument("--platform", metavar="OS/ARCH", help="which image of a multi-platform index")
     group = parser.add_argument_group("disk")
     group.add_argument("-O", dest="target_format", metavar="FMT", help="DST's format (default: by its suffix)")

@@ -21,13 +21,19 @@ in (kernel, boot loader, fstab, ...) does not count. The base's layers are taken
 EXAMPLES = (
     ("diskmorph commit disk.qcow2 --base app.tar oci:app2 -m 'security updates' -a 'Me <me@x>'", "to an OCI layout"),
     ("diskmorph commit disk.vmdk --base oci:app docker-archive:app2.tar:app:2", "to what docker load takes"),
+    (
+        "diskmorph commit disk.qcow2 --base docker://registry.example/app:1 docker://registry.example/app:2",
+        "in a registry, to which the new layer alone is sent",
+    ),
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """See diskmorph.commands."""
     parser.add_argument("source", metavar="DISK", help="a disk image in any format")
-    parser.add_argument("target", metavar="DST", help="oci:DIR, oci-archive:FILE or docker-archive:FILE")
+    parser.add_argument(
+        "target", metavar="DST", help="oci:DIR, oci-archive:FILE, docker-archive:FILE or docker://HOST/NAME:TAG"
+    )
     parser.add_argument("--base", required=True, metavar="IMAGE", help="the image that the disk was built from")
     parser.add_argument("-m", "--message", default="", help="the history entry's comment")
     parser.add_argument("-a", "--author", default="", help="its author")

@@ -24,15 +24,20 @@ EXAMPLES = (
     ("diskmorph extract disk.qcow2 root/", "a directory"),
     ("diskmorph extract disk.qcow2 oci:app --entrypoint '[\"/bin/app\"]'", "an OCI layout"),
     ("diskmorph extract disk.vhdx docker-archive:app.tar:app:1.0 --strip-boot", "what docker load takes"),
+    ("diskmorph extract disk.qcow2 docker://registry.example/app:2", "pushed to a registry"),
     ("diskmorph extract disk.raw data/ --partition 2", "one partition"),
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """See diskmorph.commands."""
-    parser.add_argument("source", metavar="IMG", help="a disk image in any format, or an ISO")
     parser.add_argument(
-        "target", metavar="DST", help="NAME.tar, a directory, oci:DIR, oci-archive:FILE or docker-archive:FILE"
+        "source", metavar="IMG", help="a disk image in any format, an ISO, an archive, a container image"
+    )
+    parser.add_argument(
+        "target",
+        metavar="DST",
+        help="NAME.tar, a directory, oci:DIR, oci-archive:FILE, docker-archive:FILE or docker://HOST/NAME:TAG",
     )
     add_source(parser)
     group = parser.add_argument_group("tree")

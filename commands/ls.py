@@ -22,6 +22,7 @@ EXAMPLES = (
     ("diskmorph ls disk.vmdk /etc", "a directory on the root file system"),
     ("diskmorph ls -l installer.iso", "modes, owners, sizes and times"),
     ("diskmorph ls -R oci:app --json", "everything, for a program"),
+    ("diskmorph ls docker://docker.io/library/alpine /etc", "an image in a registry"),
     ("diskmorph ls disk.qcow2 --partition 1", "another partition"),
 )
 

@@ -17,6 +17,8 @@ from diskmorph.formats.source import ByteSource, FilePool, FileSource, refuse_sp
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+_IMAGES = ("docker://", "docker+http://", "oci:", "oci-archive:", "docker-archive:")
+
 
 @dataclass(frozen=True, slots=True)
 class Parents:
@@ -52,7 +54,13 @@ class Opener:
     pool: FilePool = field(default_factory=FilePool)
 
     def user_file(self, path: str | os.PathLike[str]) -> FileSource:
-        """Open a file that the user named."""
+        """Open a file that the user named. Raises SourceError."""
+        if isinstance(path, str) and path.startswith(_IMAGES) and not Path(path).exists():
+            raise SourceError(
+                "names a container image, which is no disk",
+                file=path,
+                hint="`build` makes a disk of it, `ls`, `cat` and `extract` look into it",
+            )
         return FileSource(path, pool=self.pool, shared=self.parents.shared)
 
     def user_source(self, name: str | os.PathLike[str]) -> ByteSource:
