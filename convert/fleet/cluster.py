@@ -85,7 +85,7 @@ def _local(options: ClusterOptions) -> Iterator[Any]:
     count = options.workers or len(os.sched_getaffinity(0))
     if options.per_host is not None:
         count = min(count, options.per_host)
-    words = {"distributed.scheduler.allowed-failures": _DEATHS}
+    words = {"distributed.scheduler.allowed-failures": _DEATHS, "distributed.worker.profile.enabled": False}
     with (
         dask.config.set(words),
         LocalCluster(
@@ -100,11 +100,16 @@ def _local(options: ClusterOptions) -> Iterator[Any]:
 
 
 def prepare(client: Any) -> None:
-    """Let every worker, those to come as well, be ready for rows. Raises FleetError where one is not fit."""
+    """Let every worker, those to come as well, be ready for rows.
+
+    Raises FleetError where one is not fit, OSError where the scheduler is lost.
+    """
     from diskmorph.convert.fleet.plugin import FleetPlugin  # noqa: PLC0415 - derives from Dask's class
 
     try:
         client.register_plugin(FleetPlugin(__version__), name=PLUGIN)
+    except OSError:
+        raise
     except Exception as error:
         raise FleetError(
             f"a worker cannot do rows: {type(error).__name__}: {error}",

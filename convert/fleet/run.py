@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from asyncio import CancelledError
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,8 +20,10 @@ if TYPE_CHECKING:
 
     from diskmorph.convert.fleet.ledger import Ledger
 
-_PAUSE = 0.02
-"""Seconds between two looks at what has ended, when nothing had."""
+_PAUSE = 0.1
+"""Seconds between two looks at what has ended: results that came meanwhile are fetched, and put down, as one."""
+_FETCH = 10.0
+"""Seconds that fetching results may take: where their worker has died since, others have to bring them anew."""
 _TICK = 0.5
 """Seconds between two words about progress, and two looks at the workers."""
 
@@ -55,13 +58,6 @@ class Summary:
     def bytes(self) -> int:
         """Return the bytes of the disks that were converted by this run."""
         return sum(result.virtual_size or 0 for result in self.results if result.status == DONE)
-
-
-class _Task(NamedTuple):
-    """What a future of Dask stands for: a row, one of its ranges (with its start), or the naming of its target."""
-
-    kind: str
-    row: Row
 
 
 @dataclass(slots=True)
@@ -118,7 +114,7 @@ class _Course:
     ) -> None:
         self._client, self._run, self._cluster, self._ledger = client, run, cluster, ledger
         self._on_result, self._on_progress = on_result, on_progress
-        self._tasks: dict[Any, _Task] = {}
+        self._tasks: dict[Any, Row] = {}
         self._pieces: dict[int, _Pieces] = {}
         self._open: dict[int, Row] = {}
         self._flight: dict[int, tuple[int, int]] = {}
@@ -137,8 +133,12 @@ class _Course:
         self._open = {row.number: row for row in rows if row.error is None}
         self._end([failed(row, row.error) for row in rows if row.error is not None])
         while self._open:
-            self._start()
-            if not self._collect():
+            try:
+                self._start()
+                whole = self._collect()
+            except OSError:  # also Dask's CommClosedError: the scheduler went while it was spoken to
+                whole = False
+            if not whole:
                 self._wait_for_scheduler()
         self._tick(last=True)
 
@@ -171,7 +171,7 @@ class _Course:
             key=[self._key("row", row) for row in rows],
             **self._how(),
         )
-        self._await(futures, [_Task("row", row) for row in rows])
+        self._await(futures, rows)
 
     def _how(self) -> dict[str, Any]:
         return {"pure": False, "retries": self._cluster.retries}
@@ -179,8 +179,9 @@ class _Course:
     def _key(self, kind: str, row: Row, more: str = "") -> str:
         return f"{kind}-{self._run.run}-{self._round}-{row.number}{more}"
 
-    def _await(self, futures: Sequence[Any], tasks: Iterable[_Task]) -> None:
-        self._tasks.update(zip(futures, tasks, strict=True))
+    def _await(self, futures: Sequence[Any], rows: Iterable[Row]) -> None:
+        """Take note of which row futures stand for: whole, as one of its ranges, as the naming of its target."""
+        self._tasks.update(zip(futures, rows, strict=True))
         self._ended.update(futures)
 
     # --- taking in
@@ -194,34 +195,49 @@ class _Course:
                 self._tick()
                 time.sleep(_PAUSE)
                 continue
+            batch = [future for future in self._ended.next_batch(block=False) if future in self._tasks]
+            said = self._fetched([future for future in batch if future.status == "finished"])
             ended: list[Result] = []
-            for future in self._ended.next_batch(block=False):
-                task = self._tasks.pop(future, None)
-                if task is None:
-                    continue
-                if future.cancelled():
-                    self._end(ended)
-                    return False
-                ended.extend(self._taken(future, task))
+            for future in batch:
+                if future.status == "error":
+                    ended.extend(self._failed(self._tasks.pop(future), future.exception()))
+                elif said.get(future.key) is not None:
+                    ended.extend(self._taken(future, self._tasks.pop(future), said[future.key]))
             self._end(ended)
+            if any(future.cancelled() for future in batch):
+                return False
+            self._ended.update([future for future in batch if future in self._tasks])
             self._tick()
         return True
 
-    def _taken(self, future: Any, task: _Task) -> list[Result]:
+    def _fetched(self, futures: Sequence[Any]) -> dict[str, Any]:
+        """Return what futures brought, by key, in one question; what cannot be had now is left out."""
+        if not futures:
+            return {}
+
+        async def ask() -> Any:
+            return await self._client.gather({one.key: one for one in futures}, errors="skip", asynchronous=True)
+
+        try:
+            found: dict[str, Any] = self._client.sync(ask, callback_timeout=_FETCH)
+        except (TimeoutError, OSError, CancelledError):
+            time.sleep(_PAUSE)
+            return {}
+        return found
+
+    def _taken(self, future: Any, row: Row, said: Any) -> list[Result]:
         """Return the results that a future brings."""
-        row = task.row
         if row.number not in self._open:
             return []
-        if future.status == "error":
-            return self._gave_up(row, future.exception())
-        said = future.result()
         if isinstance(said, Result):
             self._pieces.pop(row.number, None)
             return [said]
         if isinstance(said, Split):
             self._cut(row, said)
             return []
-        pieces = self._pieces[row.number]
+        pieces = self._pieces.get(row.number)
+        if pieces is None:
+            return []
         pieces.waiting.discard(future)
         pieces.moved.append(said[1])
         if not pieces.waiting:
@@ -242,7 +258,7 @@ class _Course:
             **self._how(),
         )
         self._pieces[row.number] = _Pieces(split, time.time(), set(futures))
-        self._await(futures, [_Task("range", row)] * count)
+        self._await(futures, [row] * count)
         if not count:
             self._name(row, self._pieces[row.number])
 
@@ -251,9 +267,12 @@ class _Course:
         future = self._client.submit(
             finish_split, row, self._run, pieces.split, moved, pieces.begun, key=self._key("name", row), **self._how()
         )
-        self._await([future], [_Task("name", row)])
+        self._await([future], [row])
 
-    def _gave_up(self, row: Row, error: BaseException) -> list[Result]:
+    def _failed(self, row: Row, error: BaseException) -> list[Result]:
+        """Return the result of a row that Dask gave up."""
+        if row.number not in self._open:
+            return []
         pieces = self._pieces.pop(row.number, None)
         if pieces is not None:
             for future in pieces.waiting:
