@@ -6,11 +6,11 @@ import hashlib
 import json
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import quote, urljoin
+from urllib.parse import quote
 
 from diskmorph.formats.docker_registry.auth import Authorizer
 from diskmorph.formats.docker_registry.reference import is_local
-from diskmorph.formats.docker_registry.transport import ATTEMPTS, RETRIED, BrokenOffError, Origin, Transport
+from diskmorph.formats.docker_registry.transport import ATTEMPTS, RETRIED, BrokenOffError, Origin, Transport, joined
 from diskmorph.formats.errors import IntegrityError, SourceError, TargetError
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class Repository:
                 break
             except BrokenOffError:
                 failed += 1
-                if failed > ATTEMPTS + done // _PROGRESS:
+                if not done or failed > ATTEMPTS + done // _PROGRESS:  # a server that never talked is told soon
                     raise
                 self._transport.pause(min(failed - 1, ATTEMPTS))
         if done != size:
@@ -170,7 +170,7 @@ class Repository:
         """Open an upload and send all of a blob in one request ("POST then PUT")."""
         begun = self._call("POST", "blobs/uploads/", {"Content-Length": "0"})
         self._require(begun, {202}, "an upload", writing=True)
-        place = urljoin(begun.url, begun.header("Location"))
+        place = joined(begun.url, begun.header("Location"))
         begun.close()
         if Origin.of(place).scheme != "https" and self._base.startswith("https:"):
             raise TargetError("is told to send without encryption, which is refused", file=self.name)

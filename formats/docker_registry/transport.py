@@ -162,7 +162,7 @@ class Transport:
             answer.close()
             if answer.status < 304 and method not in {"GET", "HEAD"}:
                 raise SourceError(f"the registry redirects a {method} by {answer.status}", file=shown(url))
-            url = urljoin(url, target)
+            url = joined(url, target)
         raise SourceError("the registry redirects too often", file=shown(url))
 
     def _send(self, method: str, url: str, headers: Mapping[str, str], body: Any) -> Any:
@@ -208,6 +208,14 @@ class _Translated:
 
 def _translated(url: str) -> _Translated:
     return _Translated(url)
+
+
+def joined(url: str, target: str) -> str:
+    """Return where a Location header leads (RFC 9110, 10.2.2). Raises SourceError for what is no address."""
+    try:
+        return urljoin(url, target)
+    except ValueError as error:
+        raise SourceError(f"the registry names an address that is not taken: {target[:200]!r}") from error
 
 
 def shown(url: str) -> str:
