@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from diskmorph.commands.common import add_output, add_source, add_target
+from diskmorph.commands.common import add_output, add_partition, add_source, add_target
 from diskmorph.commands.extract import add_config
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-m", "--message", default="", help="the history entry's comment")
     parser.add_argument("-a", "--author", default="", help="its author")
     add_source(parser)
-    parser.add_argument("--partition", type=int, metavar="N", help="this partition instead of the root that is found")
+    add_partition(parser)
     add_config(parser)
     add_target(parser)
     add_output(parser)

@@ -54,6 +54,25 @@ def add_parents(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def add_partition(group: argparse._ActionsContainer, *, more: str = "instead of the root that is found") -> None:
+    """Add --partition: a number, or a logical volume as GROUP/NAME."""
+    group.add_argument(
+        "--partition",
+        type=_partition,
+        metavar="N",
+        help=f"this partition, or logical volume (GROUP/NAME), {more}",
+    )
+
+
+def _partition(word: str) -> int | str:
+    if "/" in word:
+        return word
+    try:
+        return int(word)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{word!r} is neither a number nor GROUP/NAME") from None
+
+
 def add_target(parser: argparse.ArgumentParser, *, rewrites: bool = False) -> None:
     """Add what says how a target appears: --force, --no-sync, --reproducible, --dry-run.
 

@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from diskmorph.commands.common import add_output, add_source, add_target, parents_of
+from diskmorph.commands.common import add_output, add_partition, add_source, add_target, parents_of
 
 if TYPE_CHECKING:
     from diskmorph.commands.output import Output
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "-O", dest="target_format", metavar="FMT", help="directory, tar, oci, oci-archive, docker-archive"
     )
-    group.add_argument("--partition", type=int, metavar="N", help="this partition, nothing merged")
+    add_partition(group, more="with nothing merged")
     group.add_argument("--strip-boot", action="store_true", help="leave kernel, modules, firmware and boot loader out")
     add_config(parser)
     add_target(parser)

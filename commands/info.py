@@ -68,6 +68,9 @@ def _lines(report: dict[str, Any], *, verbose: bool) -> Iterator[str]:
     if report["partition_table"]:
         yield ""
         yield from _partition_lines(report)
+    for group in report["volume_groups"]:
+        yield ""
+        yield from _group_lines(group)
     for layer in report.get("chain", ())[1:]:
         yield ""
         yield f"on {layer['file']}"
@@ -149,3 +152,27 @@ def _partition_lines(report: dict[str, Any]) -> Iterator[str]:
         for partition in report["partitions"]
     ]
     yield from table(("no.", "start", "size", "holds", "type", "name"), rows, right=(0, 1, 2))
+
+
+def _group_lines(group: dict[str, Any]) -> Iterator[str]:
+    from diskmorph.commands.text import size_text, table
+
+    places = [
+        "a missing device"
+        if member["missing"]
+        else "the whole disk"
+        if member["partition"] is None
+        else f"partition {member['partition']}"
+        for member in group["physical_volumes"]
+    ]
+    yield f"volume group {group['name']} (LVM2, on {', '.join(places)}):"
+    rows = [
+        (
+            f"{group['name']}/{volume['name']}",
+            size_text(volume["size"]),
+            _filesystem_text(volume),
+            volume["type"] + ("" if volume["readable"] else ", not read"),
+        )
+        for volume in group["logical_volumes"]
+    ]
+    yield from table(("logical volume", "size", "holds", "type"), rows, right=(1,))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from diskmorph.commands.common import add_output, add_source
+from diskmorph.commands.common import add_output, add_partition, add_source
 
 if TYPE_CHECKING:
     import argparse
@@ -24,6 +24,7 @@ EXAMPLES = (
     ("diskmorph ls -R oci:app --json", "everything, for a program"),
     ("diskmorph ls docker://docker.io/library/alpine /etc", "an image in a registry"),
     ("diskmorph ls disk.qcow2 --partition 1", "another partition"),
+    ("diskmorph ls disk.qcow2 --partition rhel/home", "an LVM2 logical volume"),
 )
 
 
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_inside(parser: argparse.ArgumentParser) -> None:
     """Add what says how the inside is found; `cat` takes it too."""
     add_source(parser)
-    parser.add_argument("--partition", type=int, metavar="N", help="this partition instead of the root")
+    add_partition(parser)
     parser.add_argument("--platform", metavar="OS/ARCH", help="which image of a multi-platform index")
 
 

@@ -31,14 +31,16 @@ class Content:
     whole: FileSystem | None = None
     warnings: tuple[str, ...] = ()
     os: dict[str, str] | None = None
+    groups: tuple[dict[str, Any], ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the keys `partition_table`, `partitions`, `filesystem...` and `os` of docs/json.md."""
+        """Return the keys `partition_table`, `partitions`, `volume_groups`, `filesystem...`, `os` of docs/json.md."""
         table = self.table
         return {
             "partition_table": table
             and {"scheme": table.scheme, "id": table.disk_id, "sector_size": table.sector_size},
             "partitions": [self._partition(partition) for partition in table.partitions] if table else [],
+            "volume_groups": list(self.groups),
             **_filesystem(self.whole),
             "os": self.os,
         }
@@ -222,14 +224,21 @@ def look_inside(disk: Disk) -> Content:
         if found is not None and not partition.type_name.startswith("extended"):
             filesystems[partition.number] = found
     whole = _probe(disk, 0, disk.size, "the whole disk", warnings)
-    return Content(table, filesystems, whole, tuple(warnings), _system(disk, [*filesystems.values(), whole]))
+    held = [*filesystems.values(), whole]
+    groups: tuple[dict[str, Any], ...] = ()
+    if any(found is not None and found.type == "lvm2" for found in held):
+        from diskmorph.convert.volume_groups import describe  # noqa: PLC0415 - loaded where there are physical volumes
+
+        groups = describe(disk, warnings)
+    system = _system(disk, held, groups)
+    return Content(table, filesystems, whole, tuple(warnings), system, groups)
 
 
-def _system(disk: Disk, held: Sequence[FileSystem | None]) -> dict[str, str] | None:
+def _system(disk: Disk, held: Sequence[FileSystem | None], groups: Sequence[dict[str, Any]]) -> dict[str, str] | None:
     """Return which system lies on the disk's root, None where none is found: a probe, so no fault counts."""
     from diskmorph.formats.volumes import readable  # noqa: PLC0415
 
-    if not any(readable(found) for found in held):
+    if not groups and not any(readable(found) for found in held):
         return None
     from diskmorph.formats.roots import open_root, os_of  # noqa: PLC0415 - loads a file system's reader
 

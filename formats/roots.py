@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import platform
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from diskmorph.formats import fsprobe, gpt
 from diskmorph.formats.errors import DiskmorphError, FormatError, SourceError
+from diskmorph.formats.limits import Limits
 from diskmorph.formats.views import Slice
 from diskmorph.formats.volumes import open_volume, readable, unsupported
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from diskmorph.formats.disk import Disk
     from diskmorph.formats.fsprobe import FileSystem
     from diskmorph.formats.gpt import Partition
-    from diskmorph.formats.limits import Limits
+    from diskmorph.formats.lvm import LogicalVolume, VolumeGroup
     from diskmorph.formats.tree import Tree
 
 # Discoverable Partitions Specification; the machine's own architecture comes first.
@@ -38,19 +39,54 @@ _NOT_MERGED = (b"/", b"/proc", b"/sys", b"/dev", b"/run", b"/tmp")
 
 @dataclass(frozen=True, slots=True)
 class Volume:
-    """A partition, or a whole disk (`partition` None), and the file system that it holds."""
+    """A partition, a logical volume of a group, or a whole disk (neither), and the file system that it holds.
+
+    `failure`: why it cannot be read: a logical volume's type, damaged LVM2 metadata.
+    """
 
     disk: Disk
     partition: Partition | None
     filesystem: FileSystem | None
+    logical: LogicalVolume | None = None
+    group: VolumeGroup | None = None
+    failure: DiskmorphError | None = None
+
+    @property
+    def label(self) -> str:
+        """What `--partition` calls it: a number, or GROUP/NAME; empty for a whole disk."""
+        if self.logical is not None:
+            return f"{self.logical.group}/{self.logical.name}"
+        return "" if self.partition is None else str(self.partition.number)
 
     def open(self, limits: Limits | None) -> Tree:
         """Return its tree."""
+        if self.failure is not None:
+            raise self.failure
         return open_volume(self.disk, limits=limits)
 
 
-def volumes_of(disk: Disk) -> list[Volume]:
-    """Return the partitions of a disk with what they hold; the disk itself where it has no partition table."""
+def volumes_of(disk: Disk, limits: Limits | None = None) -> list[Volume]:
+    """Return the partitions of a disk with what they hold, and the logical volumes on them.
+
+    Of a disk without a partition table the disk itself comes first.
+    """
+    found = _partitions(disk)
+    held = [volume for volume in found if volume.filesystem is not None and volume.filesystem.type == "lvm2"]
+    if not held:
+        return found
+    from diskmorph.formats.lvm import groups_of  # noqa: PLC0415 - loaded where there are physical volumes
+
+    groups = groups_of([volume.disk for volume in held], limits or Limits(), name=disk.name)
+    failures = {id(held[number]): error for number, error in groups.failures.items()}
+    found = [replace(volume, failure=failures.get(id(volume))) for volume in found]
+    for group in groups.groups:
+        for logical in group.volumes:
+            inside = None if logical.disk is None else fsprobe.probe(logical.disk)
+            found.append(Volume(logical.disk or disk, None, inside, logical, group, logical.failure))
+    return found
+
+
+def _partitions(disk: Disk) -> list[Volume]:
     whole = fsprobe.probe(disk)
     if whole is not None and readable(whole) and whole.type != "iso9660":
         return [Volume(disk, None, whole)]
@@ -66,15 +102,16 @@ def volumes_of(disk: Disk) -> list[Volume]:
     return found
 
 
-def open_root(disk: Disk, *, partition: int | None = None, limits: Limits | None = None) -> Tree:
+def open_root(disk: Disk, *, partition: int | str | None = None, limits: Limits | None = None) -> Tree:
     """Return the tree of a disk's root file system, with what its fstab mounts on it from the same disk.
 
-    `partition` decides by its number, and nothing is merged. The tree owns the disk. Raises SourceError (no such
-    partition, no root found), UnsupportedError (encryption, RAID and the like, by name), FormatError.
+    `partition` decides, by the number of a partition or the GROUP/NAME of a logical volume, and nothing is merged. The
+    tree owns the disk. Raises SourceError (no such partition, no root found), UnsupportedError (encryption, RAID and
+    the like, by name), FormatError.
     """
-    volumes = volumes_of(disk)
+    volumes = volumes_of(disk, limits)
     if partition is not None:
-        return _numbered(disk, volumes, partition).open(limits)
+        return _chosen(disk, volumes, str(partition)).open(limits)
     if len(volumes) == 1 and volumes[0].partition is None:
         return volumes[0].open(limits)
     root = _root_of(disk, volumes, limits)
@@ -83,12 +120,15 @@ def open_root(disk: Disk, *, partition: int | None = None, limits: Limits | None
     return root
 
 
-def _numbered(disk: Disk, volumes: Sequence[Volume], number: int) -> Volume:
-    found = next((v for v in volumes if v.partition is not None and v.partition.number == number), None)
-    if found is None:
-        numbers = ", ".join(str(v.partition.number) for v in volumes if v.partition is not None)
-        raise SourceError(f"has no partition {number}", file=disk.name, hint=f"it has {numbers or 'none'}")
-    return found
+def _chosen(disk: Disk, volumes: Sequence[Volume], wanted: str) -> Volume:
+    found = [volume for volume in volumes if volume.label and volume.label == wanted.removeprefix("/dev/")]
+    if len(found) > 1:
+        raise SourceError(f"has two logical volumes {wanted}", file=disk.name)
+    if not found:
+        names = ", ".join(volume.label for volume in volumes if volume.label)
+        what = "logical volume" if "/" in wanted else "partition"
+        raise SourceError(f"has no {what} {wanted}", file=disk.name, hint=f"it has {names or 'none'}")
+    return found[0]
 
 
 def _root_of(disk: Disk, volumes: Sequence[Volume], limits: Limits | None) -> Tree:
@@ -111,22 +151,19 @@ def _root_of(disk: Disk, volumes: Sequence[Volume], limits: Limits | None) -> Tr
     likely = [tree for tree in trees if _has_release(tree) or tree.find("etc/passwd") is not None]
     if likely:
         return likely[0]
-    if len(trees) == 1:
+    failure = failure or next((volume.failure for volume in volumes if volume.failure is not None), None)
+    if failure is None and len(trees) == 1:
         return trees[0]
     if failure is not None:
         raise failure
     refused = next((v for v in volumes if v.filesystem is not None and v.filesystem.type in _ENCRYPTED), None)
-    if refused is not None and refused.filesystem is not None:
+    if refused is not None and refused.filesystem is not None and not any(v.logical for v in volumes):
         raise unsupported(refused.filesystem.type, refused.disk.name)
     raise _no_root(disk, volumes)
 
 
 def _no_root(disk: Disk, volumes: Sequence[Volume]) -> SourceError:
-    held = ", ".join(
-        f"{v.partition.number}: {v.filesystem.type if v.filesystem else 'nothing known'}"
-        for v in volumes
-        if v.partition is not None
-    )
+    held = ", ".join(f"{v.label}: {v.filesystem.type if v.filesystem else 'nothing known'}" for v in volumes if v.label)
     return SourceError(
         "has no partition that looks like a root", file=disk.name, hint=f"choose by --partition N ({held})"
     )
@@ -173,15 +210,23 @@ def _mounts(root: Tree, volumes: Sequence[Volume]) -> Iterator[tuple[Volume, byt
             continue
         place = re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8) & 255]), words[1]).rstrip(b"/") or b"/"
         volume = next((v for v in volumes if _is(v, words[0].decode("utf-8", "replace"))), None)
-        if volume is not None and place not in _NOT_MERGED and words[2] != b"swap" and readable(volume.filesystem):
+        if volume is None or place in _NOT_MERGED or words[2] == b"swap":
+            continue
+        if volume.failure is None and readable(volume.filesystem):
             found.append((volume, place))
+        else:
+            kind = volume.logical.kind if volume.filesystem is None and volume.logical else None
+            kind = kind or (volume.filesystem.type if volume.filesystem else "unknown")
+            root.lost.append(f"{place.decode(errors='backslashreplace')}, mounted from {volume.label} ({kind})")
     yield from sorted(found, key=lambda mount: mount[1].count(b"/"))
 
 
 def _is(volume: Volume, device: str) -> bool:
     """Return whether an fstab's first word means this volume."""
-    partition, held = volume.partition, volume.filesystem
-    if partition is None or held is None:
+    partition, logical, held = volume.partition, volume.logical, volume.filesystem
+    if logical is not None and device in logical.paths:
+        return True
+    if held is None or (partition is None and logical is None):
         return False
     device = device.removeprefix("/dev/disk/by-")
     kind, _, value = device.replace("/", "=", 1).partition("=") if "=" not in device else device.partition("=")
@@ -189,11 +234,13 @@ def _is(volume: Volume, device: str) -> bool:
     same = {
         "uuid": held.uuid,
         "label": held.label,
-        "partuuid": partition.uuid,
-        "partlabel": partition.name or None,
+        "partuuid": partition.uuid if partition else None,
+        "partlabel": (partition.name or None) if partition else None,
     }.get(kind.lower())
     if same is not None:
         return same.lower() == value.lower()
+    if partition is None:
+        return False
     return re.fullmatch(rf"/dev/(?:[svhx]+d[a-z]+|(?:nvme\dn\d|mmcblk\d)p){partition.number}", device) is not None
 
 

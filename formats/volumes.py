@@ -28,7 +28,7 @@ _WORDS = {
     "luks": ("is encrypted by LUKS", "open it first, and convert what lies inside"),
     "bitlocker": ("is encrypted by BitLocker", "decrypt it first"),
     "mdraid": ("is a member of a Linux md RAID", "assemble the RAID first, and convert what lies inside"),
-    "lvm2": ("is an LVM2 physical volume", None),
+    "lvm2": ("is an LVM2 physical volume", "choose a logical volume by --partition GROUP/NAME"),
     "swap": ("is swap space", None),
 }
 

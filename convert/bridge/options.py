@@ -84,13 +84,14 @@ class ExtractOptions:
     """How a tree is taken out of a disk.
 
     - `convert`: source format, parents, limits, force, sync, reproducible.
-    - `partition`: its number; None: the root is found; `strip_boot`: kernel, modules, firmware and boot loader stay.
+    - `partition`: its number, or a logical volume's GROUP/NAME; None: the root is found. `strip_boot`: kernel, modules,
+      firmware and boot loader stay.
     - `entrypoint`, `cmd`, `env` (NAME -> value), `user`, `workdir`: of the image's configuration.
     - `compress`: of layers: "gzip", "zstd" or "none"; `platform`: os/architecture of the image, else found out.
     """
 
     convert: ConvertOptions = field(default_factory=ConvertOptions)
-    partition: int | None = None
+    partition: int | str | None = None
     strip_boot: bool = False
     entrypoint: tuple[str, ...] | None = None
     cmd: tuple[str, ...] | None = None
