@@ -13,7 +13,7 @@ from diskmorph.formats.allocator import Allocator, Identity, NewImage, NewParent
 from diskmorph.formats.errors import FormatError, OptionError, TargetError, UnsupportedError
 from diskmorph.formats.extents import DEFLATE
 from diskmorph.formats.policy import Opener, Parents
-from diskmorph.formats.probe import RAW, Format, format_of_suffix
+from diskmorph.formats.probe import FORMATS, RAW, Format, format_of_suffix
 from diskmorph.formats.registry import OpenContext, identify, load, open_layer, require_format
 from diskmorph.formats.remote import is_export
 from diskmorph.formats.views import Slice, grown
@@ -115,7 +115,8 @@ def target_format(name: str, options: ConvertOptions) -> Format:
             )
         entry = found
     if not entry.writes:
-        raise OptionError(f"{entry.name} is read but not written", hint="`diskmorph formats` lists what is written")
+        writable = ", ".join(other.name for other in (*FORMATS, RAW) if other.writes and other.kind == "disk")
+        raise OptionError(f"{entry.name} is read but not written", hint=f"what is written: {writable}")
     return entry
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _FRAME = (0xFD2FB528).to_bytes(4, "little")
 _RLE = 1  # a block of one byte, repeated
+_LZMA_MEMORY = 128 << 20  # of one decoder, whose header asks for it: `xz -9` needs 65 MiB
 
 
 def _inflate(wbits: int) -> Callable[[Buffer, int], tuple[bytes, int]]:
@@ -73,7 +74,7 @@ def _lzma(stored: Buffer, length: int) -> tuple[bytes, int]:
     import lzma  # noqa: PLC0415
 
     try:
-        return lzma.LZMADecompressor().decompress(bytes(stored), length + 1), 0
+        return lzma.LZMADecompressor(lzma.FORMAT_AUTO, _LZMA_MEMORY).decompress(bytes(stored), length + 1), 0
     except lzma.LZMAError as error:
         raise FormatError(f"compressed data is damaged: {error}") from error
 
@@ -85,6 +86,12 @@ _DECODERS: dict[int, Callable[[Buffer, int], tuple[bytes, int]]] = {
     BZIP2: _bzip2,
     LZMA: _lzma,
 }
+
+
+def _seldom(codec: int) -> Callable[[Buffer, int], tuple[bytes, int]] | None:
+    from diskmorph.formats import seldom_codecs  # noqa: PLC0415 - few images need them
+
+    return seldom_codecs.DECODERS.get(codec)
 
 
 def decode(codec: int, stored: Buffer, length: int) -> bytes:
@@ -103,7 +110,7 @@ def decode_exactly(codec: int, stored: Buffer, length: int) -> tuple[bytes, int]
 
 
 def _decode(codec: int, stored: Buffer, length: int) -> tuple[bytes, int]:
-    decoder = _DECODERS.get(codec)
+    decoder = _DECODERS.get(codec) or _seldom(codec)
     if decoder is None:
         raise UnsupportedError(f"{CODEC_NAMES[codec]} compression is not supported", feature=CODEC_NAMES[codec])
     out, taken = decoder(stored, length)

@@ -36,8 +36,8 @@ EXTENT = np.dtype(
 DATA, ZERO, HOLE, ABSENT = range(4)
 KIND_NAMES = ("data", "zero", "hole", "absent")
 # codec: one registry for all formats (formats/codecs.py decodes them)
-PLAIN, DEFLATE, ZLIB, ZSTD, BZIP2, LZMA, LZO, ADC, LZFSE = range(9)
-CODEC_NAMES = ("plain", "deflate", "zlib", "zstd", "bzip2", "lzma", "lzo", "adc", "lzfse")
+PLAIN, DEFLATE, ZLIB, ZSTD, BZIP2, LZMA, LZO, ADC, LZFSE, LZ4 = range(10)
+CODEC_NAMES = ("plain", "deflate", "zlib", "zstd", "bzip2", "lzma", "lzo", "adc", "lzfse", "lz4")
 
 BATCH = 1 << 15
 """Rows of a batch, about: what `extents()` yields at once (1.3 MB)."""

@@ -91,6 +91,15 @@ def _parallels(source: ByteSource) -> Signature | None:
     )
 
 
+def _dmg(source: ByteSource) -> Signature | None:
+    """Find the trailer at the end, or a little before where bytes were appended; an encrypted image by its header."""
+    if source.read_upto(0, 8) == b"encrcdsa":
+        return Signature("dmg", 0, "encrypted UDIF header")
+    low = max(source.size - 1023, 0)
+    found = source.read_upto(low, 523).rfind(b"koly\0\0\0\4\0\0\2\0")
+    return Signature("dmg", low + found, "UDIF trailer") if found >= 0 else None
+
+
 def _marked(
     name: str, what: str, test: str, first: Callable[[bytes], bool]
 ) -> Callable[[ByteSource], Signature | None]:
@@ -162,6 +171,7 @@ FORMATS: tuple[Format, ...] = (
     Format(
         "parallels", _DISKS + "parallels", _parallels, suffixes=(".hds", ".hdd"), writes=False, title="Parallels HDD"
     ),
+    Format("dmg", _DISKS + "dmg", _dmg, aliases=("udif",), suffixes=(".dmg",), writes=False, title="Apple disk image"),
     Format(
         "ova",
         _DISKS + "ovf",
