@@ -12,7 +12,7 @@ import hashlib
 import threading
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from diskmorph.convert.aws.journal import Journal
     from diskmorph.convert.aws.rates import Rate
     from diskmorph.convert.aws.session import Session
     from diskmorph.formats.disk import Disk
@@ -47,7 +46,8 @@ class Upload:
     """What goes where: a disk into a pending snapshot.
 
     `zeroes`: written zeroes are sent too (the encryption rule). `done`, `below`: HASH rows of the blocks that are in
-    the snapshot already, and in its parent. `born`: when it was started (time.monotonic).
+    the snapshot already, and in its parent. `born`: when it was started (time.monotonic). `first`: the block of the
+    snapshot that the disk begins at, where it is a part of a larger one without a parent.
     """
 
     disk: Disk
@@ -57,6 +57,14 @@ class Upload:
     below: NDArray[np.void] | None = None
     workers: int | None = None
     born: float = 0.0
+    first: int = 0
+
+
+class BlockLog(Protocol):
+    """Takes note of blocks that are in the snapshot."""
+
+    def block(self, index: int, digest: bytes) -> None:
+        """Take note of one; called by every worker."""
 
 
 @dataclass(slots=True)
@@ -128,7 +136,7 @@ class Ledger:
 class Crew:
     """Workers that bring a disk's blocks into a snapshot."""
 
-    def __init__(self, session: Session, upload: Upload, journal: Journal, rate: Rate) -> None:
+    def __init__(self, session: Session, upload: Upload, journal: BlockLog, rate: Rate) -> None:
         self._session, self._upload, self._journal, self._rate = session, upload, journal, rate
         self.ledger = Ledger(blocks_of(upload.disk.size))
         self._done, self._below = Known(upload.done), Known(upload.below)
@@ -251,7 +259,7 @@ class Crew:
             stop=self._stop,
             take=take,
             SnapshotId=self._upload.snapshot,
-            BlockIndex=index,
+            BlockIndex=self._upload.first + index,
             BlockData=bytes(view),
             DataLength=BLOCK,
             Progress=min(100, 100 * index // max(1, self.ledger.counts.total)),

@@ -128,7 +128,7 @@ def upload(job: Job, source: Source, options: UploadOptions) -> Uploaded:
     below = _parent_map(session, options.parent)
     started = _resumed(job, source) or _started(job, source, options, gib)
     job.undo.made(SNAPSHOT, started.id, session.region)
-    zeroes = _zero_rule(session, options, started)
+    zeroes = zero_rule(session, options, started)
     rate = Rate(min(options.max_rps or 1e9, quota_of(session, PUT)))
     done = job.journal.blocks()
     work = Upload(source.disk, started.id, zeroes, done, below, options.workers, started.born)
@@ -140,7 +140,7 @@ def upload(job: Job, source: Source, options: UploadOptions) -> Uploaded:
     counts = ledger.counts
     if not started.complete:
         job.journal.note(completing=True)
-        _complete(session, started, counts.sent + counts.resumed, ledger.aggregate())
+        complete(session, started, counts.sent + counts.resumed, ledger.aggregate())
     wait_snapshot(session, started.id, session.region, job.on_progress, size=size, born=started.born)
     own = job.journal.all_blocks()
     journals.save_map(session.region, started.id, own if below is None else journals.merged(below, own))
@@ -148,7 +148,7 @@ def upload(job: Job, source: Source, options: UploadOptions) -> Uploaded:
 
 
 @dataclass(slots=True)
-class _Started:
+class Started:
     """A snapshot that blocks go into; `encrypted` None: AWS did not say."""
 
     id: str
@@ -158,17 +158,28 @@ class _Started:
     completing: bool = False
     """An earlier run asked for completion, and did not hear the answer."""
 
+    @classmethod
+    def of(cls, answer: Any) -> Started:
+        """Return the snapshot that StartSnapshot tells of, just born."""
+        return cls(str(answer["SnapshotId"]), _encrypted(answer), time.monotonic())
 
-def _started(job: Job, source: Source, options: UploadOptions, gib: int) -> _Started:
-    identity = identity_of(source.disk)
-    words: dict[str, Any] = {"VolumeSize": gib, "Timeout": _TIMEOUT_MINUTES, "Tags": job.tags}
-    words["Description"] = (options.description or f"diskmorph: {source.name}")[:255]
+
+def start_words(options: UploadOptions, name: str, gib: int, tags: list[dict[str, str]]) -> dict[str, Any]:
+    """Return what StartSnapshot is asked, but for the client token."""
+    words: dict[str, Any] = {"VolumeSize": gib, "Timeout": _TIMEOUT_MINUTES, "Tags": tags}
+    words["Description"] = (options.description or f"diskmorph: {name}")[:255]
     if options.encrypt:
         words["Encrypted"] = True
     if options.kms_key:
         words["KmsKeyArn"] = options.kms_key
     if options.parent:
         words["ParentSnapshotId"] = options.parent
+    return words
+
+
+def _started(job: Job, source: Source, options: UploadOptions, gib: int) -> Started:
+    identity = identity_of(source.disk)
+    words = start_words(options, source.name, gib, job.tags)
     if job.journal.facts.get("start") not in {None, identity}:
         job.journal.restart()
         words["Tags"] = job.tags
@@ -182,15 +193,15 @@ def _started(job: Job, source: Source, options: UploadOptions, gib: int) -> _Sta
         job.journal.restart()
         job.journal.note(start=identity)
         answer = job.session.call("ebs:StartSnapshot", ClientToken=job.id, **{**words, "Tags": job.tags})
-    encrypted = _encrypted(answer)
+    started = Started.of(answer)
     job.journal.note(
-        snapshot=answer["SnapshotId"],
+        snapshot=started.id,
         identity=identity,
-        encrypted=encrypted,
+        encrypted=started.encrypted,
         born=time.time(),
         region=job.session.region,
     )
-    return _Started(answer["SnapshotId"], encrypted, time.monotonic())
+    return started
 
 
 def _encrypted(answer: Any) -> bool | None:
@@ -199,22 +210,22 @@ def _encrypted(answer: Any) -> bool | None:
     return False if answer.get("SseType") else None
 
 
-def _resumed(job: Job, source: Source) -> _Started | None:
+def _resumed(job: Job, source: Source) -> Started | None:
     """Return the snapshot of an earlier run, if it lives and the source is the same; otherwise begin afresh."""
     facts = job.journal.facts
     if "snapshot" not in facts:
         return None
     session, old = job.session, str(facts["snapshot"])
     age = max(0.0, time.time() - float(facts.get("born", 0)))
-    state = _state_of(session, old, age)
+    state = state_of(session, old, age)
     if facts.get("identity") != identity_of(source.disk):
         if state is not None:
             job.note(f"{source.name} has changed since: snapshot {old} of the earlier run is removed")
             session.known("ec2:DeleteSnapshot", SnapshotId=old)
         job.journal.restart()
         return None
-    if state in {"pending", "completed"}:  # only `_complete`, with the sum over all blocks, brings it to that
-        started = _Started(old, facts.get("encrypted"), time.monotonic() - age, complete=state == "completed")
+    if state in {"pending", "completed"}:  # only `complete`, with the sum over all blocks, brings it to that
+        started = Started(old, facts.get("encrypted"), time.monotonic() - age, complete=state == "completed")
         started.completing = bool(facts.get("completing"))
         return started
     if state is not None:
@@ -224,7 +235,7 @@ def _resumed(job: Job, source: Source) -> _Started | None:
     return None
 
 
-def _state_of(session: Session, id: str, age: float) -> str | None:
+def state_of(session: Session, id: str, age: float) -> str | None:
     """Return the state of a snapshot, None if it is gone; a young one is given some time to show."""
     end = time.monotonic() + (10.0 if age < 120 else 0.0)
     while True:
@@ -240,8 +251,8 @@ def _state_of(session: Session, id: str, age: float) -> str | None:
         time.sleep(0.5)
 
 
-def _zero_rule(session: Session, options: UploadOptions, started: _Started) -> bool:
-    """Whether zeroes that were written are sent: omitted blocks of an encrypted snapshot read as random bytes."""
+def zero_rule(session: Session, options: UploadOptions, started: Started) -> bool:
+    """Return whether written zeroes are sent: omitted blocks of an encrypted snapshot read as random bytes."""
     if options.zero != AUTO:
         return options.zero == SEND
     if started.encrypted is None:
@@ -251,7 +262,8 @@ def _zero_rule(session: Session, options: UploadOptions, started: _Started) -> b
     return started.encrypted is not False
 
 
-def _complete(session: Session, started: _Started, count: int, checksum: str) -> None:
+def complete(session: Session, started: Started, count: int, checksum: str) -> None:
+    """Say that `count` blocks, whose LINEAR aggregate `checksum` is, are all. Raises AwsError."""
     doubtful = started.completing
 
     def settle(fault: Fault) -> bool | None:
@@ -259,7 +271,7 @@ def _complete(session: Session, started: _Started, count: int, checksum: str) ->
         nonlocal doubtful
         doubtful = doubtful or fault.ambiguous
         if doubtful and fault.code == "ValidationException" and fault.reason == "INVALID_SNAPSHOT_ID":
-            return _state_of(session, started.id, 0.0) in {"pending", "completed"} or None
+            return state_of(session, started.id, 0.0) in {"pending", "completed"} or None
         return None
 
     session.call(

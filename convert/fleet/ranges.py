@@ -1,265 +1,225 @@
 """Large disks by ranges: each range a task of its own, into a target that takes ranges.
 
-A raw file on a path that all workers share is made in full size under a hidden name; ranges write their bytes into it,
-each as often as it must, always the same bytes; when all are there the file gets its name. A range holds a shared lock
-on the file while it writes and stops where the hidden name is gone; naming takes the lock alone. So a straggler that
-the cluster gave up for dead never writes into a file that has its name.
+Such targets are a raw file on a path that all workers share, a raw object in S3 (parts of one multipart upload) and an
+EBS snapshot (blocks). Nothing is visible until every range is there: the file has a hidden name, the upload and the
+snapshot are not completed. A range may be written as often as it must, for it always holds the same bytes: each task
+makes sure first that the source is still the one that the row began with.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
-import os
 import time
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
+from diskmorph.convert.fleet import ranges_file, ranges_s3
+from diskmorph.convert.fleet.identity import token_of
+from diskmorph.convert.fleet.places import OURS, mark, standing
 from diskmorph.formats import marks
-from diskmorph.formats.errors import IntegrityError, TargetError
-from diskmorph.formats.output import Member, Target
+from diskmorph.formats.errors import IntegrityError
 from diskmorph.formats.remote import is_url
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from diskmorph.convert.fleet.rows import Result, Row, RunOptions
     from diskmorph.convert.options import ConvertOptions, ConvertReport
-    from diskmorph.formats.source import Buffer
+    from diskmorph.convert.plan import Plan
+    from diskmorph.formats.output import Target
 
-_WAIT = 60.0
-"""Seconds that naming waits for stragglers."""
+FILE, OBJECT, SNAPSHOT = "file", "object", "snapshot"
+_MOVED = ("cloned", "copied", "encoded", "passed", "skipped")
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """How a row is cut: `ranges` (start, stop) of the disk; `part` is the hidden file. Sizes in bytes."""
+    """How a row is cut: `ranges` (start, stop) of the disk, sizes in bytes.
 
+    `place`: the hidden file, the upload's name, the snapshot. `begun`: seconds since 1970. `zeroes`: a snapshot gets
+    zeroes that were written.
+    """
+
+    kind: str
     token: str
-    part: str
+    place: str
     size: int
     ranges: tuple[tuple[int, int], ...]
     lost: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    begun: float = field(default_factory=time.time)
+    zeroes: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A range that is written: bytes by how they moved, and what finishing has to show for it."""
+
+    start: int
+    moved: Mapping[str, int]
+    proof: Any = None
 
 
 def split_of(row: Row, run: RunOptions, token: str) -> Split | None:
-    """Return how a row is split, its hidden file made; None: in one piece. Raises what planning raises."""
-    if run.split is None or not _may_split(row):
+    """Return how a row is split, its place made; None: in one piece. Raises what planning raises."""
+    if run.split is None:
         return None
-    from diskmorph.convert.plan import make_plan  # noqa: PLC0415 - loads the pipeline
+    if row.verb == "aws upload":
+        from diskmorph.convert.fleet.ranges_ebs import begin  # noqa: PLC0415 - loads boto3
 
-    target = cast("str", row.target)
-    options = cast("ConvertOptions", row.options)
-    with make_plan(row.source, target, options) as plan:
-        if plan.format.name != "raw" or plan.disk.size < run.split:
+        return begin(row, run, token)
+    if not _may_split(row):
+        return None
+    from diskmorph.convert.job import refuse_own_files  # noqa: PLC0415 - loads the pipeline
+    from diskmorph.convert.plan import make_plan  # noqa: PLC0415
+
+    target, options = cast("str", row.target), cast("ConvertOptions", row.options)
+    with make_plan(row.source, target, options) as plan, marks.marked(mark(token, run.run)):
+        size = plan.disk.size
+        if plan.format.name != "raw" or size < run.split:
             return None
-        size, lost, notes = plan.disk.size, plan.lost, plan.notes
-    part = Path(target).with_name(f".{Path(target).name[:180]}.{token}.part")
-    with _opened(part, create=True) as fd:
-        os.ftruncate(fd, size)
-        if options.format_options.get("preallocation", "off") != "off":
-            os.posix_fallocate(fd, 0, size)
-    step = max(run.part, 1 << 20) >> 20 << 20
-    ranges = tuple((start, min(start + step, size)) for start in range(0, size, step))
-    return Split(token, str(part), size, ranges, lost, notes)
+        refuse_own_files(plan)
+        if is_url(target):
+            kind, step, place = OBJECT, ranges_s3.step_of(size, run.part), ranges_s3.begin(target, force=options.force)
+        else:
+            reserve = options.format_options.get("preallocation", "off") != "off"
+            kind, step, place = FILE, run.part, ranges_file.begin(Path(target), token, size, reserve=reserve)
+        return Split(kind, token, place, size, cut(size, step), plan.lost, plan.notes)
+
+
+def cut(size: int, step: int) -> tuple[tuple[int, int], ...]:
+    """Return ranges of about `step` bytes, whole mebibytes, the last one shorter."""
+    step = max(step >> 20, 1) << 20
+    return tuple((start, min(start + step, size)) for start in range(0, size, step))
 
 
 def _may_split(row: Row) -> bool:
-    """Return whether a row is a plain conversion of one disk to one local file that takes ranges, as far as it says."""
-    if row.verb != "convert" or row.target is None or is_url(row.target):
+    """Return whether a row is a plain conversion of one disk into one file or object, as far as it says."""
+    target = row.target
+    if row.verb != "convert" or target is None or (is_url(target) and not target.startswith("s3://")):
         return False
     from diskmorph.convert.job import convert  # noqa: PLC0415 - loads the pipeline
     from diskmorph.convert.routes import converter  # noqa: PLC0415
 
     options = cast("ConvertOptions", row.options)
     plain = options.base is None and options.compress is None and not options.verify and not options.device
-    return plain and converter(row.source, row.target, options) is convert
+    name = target.rpartition("/")[2] if is_url(target) else target
+    return plain and converter(row.source, name, options) is convert
 
 
-@contextlib.contextmanager
-def _opened(part: Path, *, create: bool = False) -> Iterator[int]:
-    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | (os.O_CREAT if create else 0)
-    try:
-        fd = os.open(part, flags, 0o666)
-    except OSError as error:
-        raise TargetError(f"cannot be opened: {os.strerror(error.errno or 0)}", file=str(part)) from error
-    try:
-        yield fd
-    except OSError as error:
-        hint = "make room, or choose another place" if error.errno in {errno.ENOSPC, errno.EDQUOT} else None
-        raise TargetError(f"cannot be written: {error.strerror}", file=str(part), hint=hint) from error
-    finally:
-        os.close(fd)
+def write_range(row: Row, run: RunOptions, split: Split, start: int, stop: int) -> Piece:
+    """Write one range of a row's disk.
 
-
-class RangeMember(Member):
-    """`size` bytes from `start` of a file that is larger; what was never written reads as zeroes."""
-
-    fresh = True
-    ordered = False  # whatever comes first may be written first
-
-    def __init__(self, fd: int, name: str, start: int, size: int) -> None:
-        self.name = name
-        self._fd, self._start, self._size = fd, start, size
-
-    def write(self, offset: int, data: Buffer) -> None:
-        """See Member. Raises IntegrityError for bytes beyond the range."""
-        view = memoryview(data).cast("B")
-        if offset < 0 or offset + len(view) > self._size:
-            raise IntegrityError("a range was written beyond its end", file=self.name, offset=self._start + offset)
-        at = self._start + offset
-        try:
-            while view:
-                count = os.pwrite(self._fd, view, at)
-                at, view = at + count, view[count:]
-        except OSError as error:
-            hint = "make room, or choose another place" if error.errno in {errno.ENOSPC, errno.EDQUOT} else None
-            raise TargetError(f"cannot be written: {error.strerror}", file=self.name, offset=at, hint=hint) from error
-
-
-class RangeTarget(Target):
-    """One range of a file, written in place; whether it ever shows is decided elsewhere."""
-
-    def __init__(self, fd: int, name: str, start: int, size: int) -> None:
-        self.members = (RangeMember(fd, name, start, size),)
-
-    def commit(self, sizes: Sequence[int]) -> None:
-        """See Target."""
-
-    def close(self) -> None:
-        """See Target."""
-
-
-def _is_named(fd: int, part: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(fd), part.lstat())
-    except FileNotFoundError:
-        return False
-
-
-def write_range(row: Row, run: RunOptions, split: Split, start: int, stop: int) -> tuple[int, dict[str, int]]:
-    """Write one range of a row's disk into the hidden file; return where it starts and the bytes by how they moved.
-
-    Raises what converting raises; TargetError where the file is gone, for then the row has ended.
+    Raises what converting raises; IntegrityError where the source is another one by now, TargetError where the place
+    is gone, for then the row has ended.
     """
+    from diskmorph.convert.fleet.worker import slot  # noqa: PLC0415
+
+    with slot(run):
+        if token_of(row) != split.token:
+            raise IntegrityError(
+                "changed while it was read", file=row.source, hint="stop what writes to it and try again"
+            )
+        if split.kind == SNAPSHOT:
+            from diskmorph.convert.fleet.ranges_ebs import write  # noqa: PLC0415 - loads boto3
+
+            return write(row, split, start, stop)
+        return _write(row, run, split, start, stop)
+
+
+def _write(row: Row, run: RunOptions, split: Split, start: int, stop: int) -> Piece:
     from diskmorph.convert.copy import run as move  # noqa: PLC0415 - loads the pipeline
     from diskmorph.convert.fleet.perform import worker_options  # noqa: PLC0415 - which takes this module
-    from diskmorph.convert.fleet.worker import Pulse, slot  # noqa: PLC0415
+    from diskmorph.convert.fleet.worker import Pulse  # noqa: PLC0415
     from diskmorph.convert.job import transfer_of  # noqa: PLC0415
     from diskmorph.convert.plan import make_plan, new_allocator  # noqa: PLC0415
     from diskmorph.formats.views import Slice  # noqa: PLC0415
 
-    part = Path(split.part)
-    options = replace(worker_options(cast("ConvertOptions", row.options), run), digest=False)
-    with slot(run), make_plan(row.source, cast("str", row.target), options) as plan, _opened(part) as fd:
-        fcntl.flock(fd, fcntl.LOCK_SH)
-        if not _is_named(fd, part):
-            raise TargetError("the row has ended already", file=str(part))
+    # Of the format's options there is one, preallocation; the whole file was reserved when it was made.
+    options = replace(
+        worker_options(cast("ConvertOptions", row.options), run), digest=False, format_options={}, target_format="raw"
+    )
+    with make_plan(row.source, cast("str", row.target), options) as plan:
         piece = Slice(plan.disk, start, stop - start)
-        allocator = new_allocator(plan.format, piece, plan.target, _unallocated(options), None)
+        allocator = new_allocator(plan.format, piece, plan.target, options, None)
         transfer = replace(transfer_of(plan), disk=piece, allocator=allocator)
-        with RangeTarget(fd, split.part, start, stop - start) as target:
-            moved = move(transfer, target, None, Pulse(row.number))
+        with _place(plan, split, start, stop) as target:
+            moved = move(transfer, target, None, Pulse(row.number, start))
             target.commit(allocator.sizes())
         plan.source.disk.verify_unchanged()
-    return start, {name: getattr(moved, name) for name in ("cloned", "copied", "encoded", "passed", "skipped")}
+    proof = target.sent if isinstance(target, ranges_s3.PartsTarget) else None
+    return Piece(start, {name: getattr(moved, name) for name in _MOVED}, proof)
 
 
-def _unallocated(options: ConvertOptions) -> ConvertOptions:
-    """Return the options of a range: the whole file was reserved when it was made."""
-    return replace(options, format_options={})
+@contextmanager
+def _place(plan: Plan, split: Split, start: int, stop: int) -> Iterator[Target]:
+    """Lend the target of a range."""
+    if split.kind == OBJECT:
+        with ranges_s3.PartsTarget(plan.target, split.place, split.size, start) as parts:
+            yield parts
+    else:
+        with ranges_file.opened_range(Path(split.place), start, stop) as target:
+            yield target
 
 
-def finish_split(row: Row, run: RunOptions, split: Split, moved: dict[str, int], begun: float) -> Result:
-    """Give the hidden file its name and return the row's result; safe to be said again. Raises TargetError.
+def finish_split(row: Row, run: RunOptions, split: Split, pieces: Sequence[Piece], begun: float) -> Result:
+    """Let what the pieces make up appear and return the row's result; safe to be said again.
 
-    `begun`: when the row was started, in seconds since 1970.
+    `begun`: when the row was started, in seconds since 1970. Raises TargetError, AwsError.
     """
+    from diskmorph.convert.digest import digest  # noqa: PLC0415
     from diskmorph.convert.fleet.perform import told  # noqa: PLC0415 - which takes this module
-    from diskmorph.convert.fleet.places import OURS, mark, standing  # noqa: PLC0415
     from diskmorph.convert.fleet.worker import here  # noqa: PLC0415
 
-    target, part = cast("str", row.target), Path(split.part)
-    options = cast("ConvertOptions", row.options)
+    pieces = sorted(pieces, key=lambda piece: piece.start)
+    if split.kind == SNAPSHOT:
+        from diskmorph.convert.fleet.ranges_ebs import finish  # noqa: PLC0415 - loads boto3
+
+        done = finish(row, run, split, pieces)
+        return replace(done, seconds=round(time.time() - begun, 4), started=begun, worker=here())
+    target, options = cast("str", row.target), cast("ConvertOptions", row.options)
     if standing(target, split.token).state != OURS:
-        with _opened(part) as fd, marks.marked(mark(split.token, run.run)):
-            _lock_alone(fd, split.part)
-            if options.sync:
-                os.fsync(fd)
-            _name(fd, part, Path(target), replace_old=options.force)
-    part.unlink(missing_ok=True)
-    report = _report(row, split, moved, time.time() - begun, _digest(target) if run.digest else None)
+        if split.kind == OBJECT:
+            ranges_s3.finish(target, split.place, [piece.proof for piece in pieces], force=options.force)
+        else:
+            with marks.marked(mark(split.token, run.run)):
+                ranges_file.finish(Path(split.place), Path(target), force=options.force, sync=options.sync)
+    if split.kind == FILE:
+        Path(split.place).unlink(missing_ok=True)
+    content = digest(target, format="raw").digest if run.digest else None
+    report = _report(row, split, summed(pieces), time.time() - begun, content)
     return replace(told(row, run, split.token, report), started=begun, worker=here(), ranges=len(split.ranges))
-
-
-def _lock_alone(fd: int, name: str) -> None:
-    end = time.monotonic() + _WAIT
-    while True:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            if time.monotonic() > end:
-                raise TargetError("another worker still writes to it", file=name) from error
-            time.sleep(0.05)
-        else:
-            return
-
-
-def _name(fd: int, part: Path, target: Path, *, replace_old: bool) -> None:
-    """Name the file by which it was hidden; the hidden name goes first, so that no straggler takes it for his."""
-    marks.attach(fd, target)
-    try:
-        if replace_old:
-            part.rename(target)
-        else:
-            os.link(part, target)
-            part.unlink()
-    except FileExistsError as error:
-        raise TargetError("exists already", file=str(target), hint="replace it with --force") from error
-    folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _digest(target: str) -> str:
-    from diskmorph.convert.digest import digest  # noqa: PLC0415
-
-    return digest(target, format="raw").digest
 
 
 def _report(row: Row, split: Split, moved: dict[str, int], seconds: float, digest: str | None) -> ConvertReport:
     from diskmorph.convert.options import ConvertReport, Moved  # noqa: PLC0415
 
+    target = cast("str", row.target)
     return ConvertReport(
         source=row.source,
-        target=cast("str", row.target),
+        target=target,
         format="raw",
         virtual_size=split.size,
         stored_size=split.size,
         bytes=Moved(**moved),
-        seconds=seconds,
+        seconds=round(seconds, 4),
         verified=False,
         lost=split.lost,
         notes=split.notes,
         digest=digest,
-        members=(Path(cast("str", row.target)).name,),
+        members=(target.rpartition("/")[2],),
     )
 
 
-def abandon_split(split: Split) -> None:
-    """Remove the hidden file of a row that failed."""
-    Path(split.part).unlink(missing_ok=True)
+def abandon_split(row: Row, split: Split) -> None:
+    """Remove what is there of a row that failed; a snapshot stays for the next try, or for `aws gc`."""
+    if split.kind == FILE:
+        Path(split.place).unlink(missing_ok=True)
+    elif split.kind == OBJECT:
+        ranges_s3.abandon(cast("str", row.target), split.place)
 
 
-def summed(parts: list[dict[str, int]]) -> dict[str, int]:
+def summed(pieces: Sequence[Piece]) -> dict[str, int]:
     """Return the sum of what ranges moved."""
-    total: dict[str, int] = {}
-    for part in parts:
-        for name, count in part.items():
-            total[name] = total.get(name, 0) + count
-    return total
+    return {name: sum(piece.moved.get(name, 0) for piece in pieces) for name in _MOVED}

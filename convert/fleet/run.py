@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from diskmorph.convert.fleet.cluster import ClusterOptions, connected, prepare, release
 from diskmorph.convert.fleet.perform import perform
-from diskmorph.convert.fleet.ranges import Split, abandon_split, finish_split, summed, write_range
+from diskmorph.convert.fleet.ranges import Piece, Split, abandon_split, finish_split, write_range
 from diskmorph.convert.fleet.rows import DONE, FAILED, SKIPPED, FleetError, Result, Row, RunOptions, failed, fault_of
 from diskmorph.convert.fleet.worker import TOPIC
 
@@ -62,12 +62,12 @@ class Summary:
 
 @dataclass(slots=True)
 class _Pieces:
-    """A row that is under way in ranges."""
+    """A row that is under way in ranges: futures of those to come, and those that are written, by their start."""
 
     split: Split
     begun: float
     waiting: set[Any] = field(default_factory=set)
-    moved: list[dict[str, int]] = field(default_factory=list)
+    done: dict[int, Piece] = field(default_factory=dict)
 
 
 def run_fleet(
@@ -117,7 +117,7 @@ class _Course:
         self._tasks: dict[Any, Row] = {}
         self._pieces: dict[int, _Pieces] = {}
         self._open: dict[int, Row] = {}
-        self._flight: dict[int, tuple[int, int]] = {}
+        self._flight: dict[int, dict[int, tuple[int, int]]] = {}
         self._counts: Counter[str] = Counter()
         self._bytes = 0
         self._rows = 0
@@ -155,13 +155,13 @@ class _Course:
 
         self._round += 1
         self._tasks.clear()
-        self._pieces.clear()
-        self._flight.clear()
         prepare(self._client)
         self._client.subscribe_topic(TOPIC, self._heard)
         self.workers = len(self._client.nthreads())
         self._ended = as_completed([], loop=self._client.loop)
-        rows = list(self._open.values())
+        for number, pieces in self._pieces.items():  # their places outlive the scheduler
+            self._cut(self._open[number], pieces)
+        rows = [row for row in self._open.values() if row.number not in self._pieces]
         known = [self._ledger.known.get((row.verb, row.source, row.target)) for row in rows]
         futures = self._client.map(
             perform,
@@ -233,39 +233,44 @@ class _Course:
             self._pieces.pop(row.number, None)
             return [said]
         if isinstance(said, Split):
-            self._cut(row, said)
+            self._pieces[row.number] = pieces = _Pieces(said, time.time())
+            self._cut(row, pieces)
             return []
-        pieces = self._pieces.get(row.number)
-        if pieces is None:
-            return []
-        pieces.waiting.discard(future)
-        pieces.moved.append(said[1])
-        if not pieces.waiting:
-            self._name(row, pieces)
+        written = self._pieces.get(row.number)
+        if written is not None:
+            written.waiting.discard(future)
+            written.done[said.start] = said
+            size = sum(said.moved.values())
+            self._flight.setdefault(row.number, {})[said.start] = (size, size)
+            if not written.waiting:
+                self._name(row, written)
         return []
 
-    def _cut(self, row: Row, split: Split) -> None:
-        starts, stops = [one[0] for one in split.ranges], [one[1] for one in split.ranges]
-        count = len(starts)
+    def _cut(self, row: Row, pieces: _Pieces) -> None:
+        """Give out the ranges of a row that are not written yet."""
+        split = pieces.split
+        ranges = [one for one in split.ranges if one[0] not in pieces.done]
+        if not ranges:
+            self._name(row, pieces)
+            return
+        count = len(ranges)
         futures = self._client.map(
             write_range,
             [row] * count,
             [self._run] * count,
             [split] * count,
-            starts,
-            stops,
-            key=[self._key("range", row, f"-{start}") for start in starts],
+            [start for start, _ in ranges],
+            [stop for _, stop in ranges],
+            key=[self._key("range", row, f"-{start}") for start, _ in ranges],
             **self._how(),
         )
-        self._pieces[row.number] = _Pieces(split, time.time(), set(futures))
+        pieces.waiting = set(futures)
         self._await(futures, [row] * count)
-        if not count:
-            self._name(row, self._pieces[row.number])
 
     def _name(self, row: Row, pieces: _Pieces) -> None:
-        moved = summed(pieces.moved)
+        done = list(pieces.done.values())
         future = self._client.submit(
-            finish_split, row, self._run, pieces.split, moved, pieces.begun, key=self._key("name", row), **self._how()
+            finish_split, row, self._run, pieces.split, done, pieces.begun, key=self._key("name", row), **self._how()
         )
         self._await([future], [row])
 
@@ -278,7 +283,7 @@ class _Course:
             for future in pieces.waiting:
                 self._tasks.pop(future, None)
             self._client.cancel(list(pieces.waiting))
-            self._client.submit(abandon_split, pieces.split, pure=False).add_done_callback(lambda _: None)
+            self._client.submit(abandon_split, row, pieces.split, pure=False).add_done_callback(lambda _: None)
         return [failed(row, fault_of(error))]
 
     def _end(self, results: list[Result]) -> None:
@@ -300,7 +305,7 @@ class _Course:
     def _heard(self, event: Any) -> None:
         said = event[1]
         if isinstance(said, dict) and said.get("row") in self._open:
-            self._flight[said["row"]] = (said["done"], said["total"])
+            self._flight.setdefault(said["row"], {})[said["start"]] = (said["done"], said["total"])
 
     def _tick(self, *, last: bool = False) -> None:
         now = time.monotonic()
@@ -312,7 +317,7 @@ class _Course:
                 self.workers = len(self._client.nthreads())
         if self._on_progress is None:
             return
-        flight = list(self._flight.values())
+        flight = [one for parts in self._flight.values() for one in parts.values()]
         counts = self._counts
         self._on_progress(
             FleetProgress(

@@ -10,6 +10,7 @@ from diskmorph.convert.aws.session import SHORT, Session
 from diskmorph.convert.aws.sources import SourceOptions, opened
 from diskmorph.convert.aws.undo import FINISHED, JOB, STATE
 from diskmorph.convert.aws.upload import key_of, require_options, upload, volume_gib
+from diskmorph.convert.fleet.ranges import split_of
 from diskmorph.convert.fleet.rows import DONE, SKIPPED, Result, Row, RunOptions, SnapshotOptions
 from diskmorph.convert.fleet.worker import Pulse
 
@@ -17,12 +18,13 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from diskmorph.convert.aws.sources import Source
+    from diskmorph.convert.fleet.ranges import Split
 
 RUN = "diskmorph:run"
 """The tag that tells which run made a snapshot."""
 
 
-def upload_row(row: Row, run: RunOptions, token: str) -> Result:
+def upload_row(row: Row, run: RunOptions, token: str) -> Result | Split:
     """Bring a row's disk into a snapshot, unless there is one of this very work. Raises what `aws upload` raises."""
     options = cast("SnapshotOptions", row.options)
     require_options(options.upload)
@@ -30,6 +32,9 @@ def upload_row(row: Row, run: RunOptions, token: str) -> Result:
     made = _made(session, token)
     if made is not None:
         return _found(row, run, token, made)
+    split = split_of(row, run, token)
+    if split is not None:
+        return split
     with opened_source(row) as source:
         volume_gib(source.disk.size, options.upload.volume_size)
         try:
@@ -77,7 +82,7 @@ def _uploaded(row: Row, run: RunOptions, token: str, session: Session, source: S
         DONE,
         token=token,
         format="ebs",
-        digest=_digest(source) if run.digest else None,
+        digest=content_of(source) if run.digest else None,
         digest_of="content" if run.digest else None,
         virtual_size=source.disk.size,
         stored_size=(made.blocks.sent + made.blocks.resumed) << 19,
@@ -86,7 +91,8 @@ def _uploaded(row: Row, run: RunOptions, token: str, session: Session, source: S
     )
 
 
-def _digest(source: Source) -> str:
+def content_of(source: Source) -> str:
+    """Return the SHA-256 of a disk's content."""
     from diskmorph.convert.digest import content_digest  # noqa: PLC0415
 
     return content_digest(source.disk)

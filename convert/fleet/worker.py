@@ -73,10 +73,13 @@ def slot(run: RunOptions) -> Iterator[None]:
 
 
 class Pulse:
-    """Tells how far a row is, now and then, and ends it when it was cancelled; called as `on_progress`."""
+    """Tells how far a row is, now and then, and ends it when it was cancelled; called as `on_progress`.
 
-    def __init__(self, row: int) -> None:
-        self._row = row
+    `start`: where the range begins that it is told of, where the row is cut.
+    """
+
+    def __init__(self, row: int, start: int = 0) -> None:
+        self._row, self._start = row, start
         self._next = time.monotonic() + _PAUSE
         self._worker = _worker()
         self._key = None if self._worker is None else self._worker.get_current_task()
@@ -90,4 +93,4 @@ class Pulse:
         task = self._worker.state.tasks.get(self._key)
         if task is None or task.state in {"cancelled", "released", "forgotten"}:
             raise CancelledError("the row was cancelled")
-        self._worker.log_event(TOPIC, {"row": self._row, "done": now.done, "total": now.total})
+        self._worker.log_event(TOPIC, {"row": self._row, "start": self._start, "done": now.done, "total": now.total})

@@ -61,38 +61,55 @@ def require_free(s3: Any, url: str) -> None:
     raise _exists(url)
 
 
-class Upload:
-    """One multipart upload: `append` in order, then `complete`, or `abort`. `most`: an upper bound of its bytes.
+def part_size(most: int) -> int:
+    """Return the bytes of each part but the last one, of an object of at most `most` bytes."""
+    return max(_LEAST_PART, -(-most // _MOST_PARTS >> 20) << 20)
 
-    Raises TargetError.
+
+def call(s3: Any, url: str, action: str, **words: Any) -> Any:
+    """Ask something of an object. Raises TargetError."""
+    from botocore.exceptions import BotoCoreError, ClientError  # noqa: PLC0415 - an extra, and heavy
+
+    bucket, key = split(url)
+    try:
+        return getattr(s3, action)(Bucket=bucket, Key=key, **words)
+    except ClientError as error:
+        if error.response.get("Error", {}).get("Code", "") in {"PreconditionFailed", "412"}:
+            raise _exists(url) from error
+        raise TargetError(f"s3:{action} is refused: {error}", file=url) from error
+    except BotoCoreError as error:
+        raise TargetError(f"s3:{action} fails: {error}", file=url) from error
+
+
+def begin(s3: Any, url: str, *, replace: bool) -> str:
+    """Begin an upload that carries the mark of the job that writes, and return its name. Raises TargetError."""
+    if not replace:
+        require_free(s3, url)
+    return str(call(s3, url, "create_multipart_upload", Metadata=_metadata())["UploadId"])
+
+
+def complete(s3: Any, url: str, upload: str, parts: list[dict[str, Any]], *, replace: bool) -> None:
+    """Make the object appear; unless it may replace one, only where there is none (If-None-Match)."""
+    words = {} if replace else {"IfNoneMatch": "*"}
+    call(s3, url, "complete_multipart_upload", UploadId=upload, MultipartUpload={"Parts": parts}, **words)
+
+
+class Parts:
+    """A stretch of an upload that is under way, from part `first` on: `append` in order, `finish`, then `close`.
+
+    `part`: the size of each. Raises TargetError.
     """
 
-    def __init__(self, s3: Any, url: str, most: int, *, replace: bool) -> None:
+    def __init__(self, s3: Any, url: str, upload: str, part: int, first: int = 1) -> None:
         self.name = url
         self.size = 0
-        self._s3, self._replace = s3, replace
-        self._bucket, self._key = split(url)
-        self._part = max(_LEAST_PART, -(-most // _MOST_PARTS >> 20) << 20)
+        self._s3, self._id = s3, upload
+        self._part, self._first = part, first
         self._parts: list[Future[dict[str, Any]]] = []
         self._held: BinaryIO | None = None
         self._filled = 0
         self._room = threading.Semaphore(_UNDER_WAY)
-        if not replace:
-            require_free(s3, url)
-        self._id: str | None = self._call("create_multipart_upload", Metadata=_metadata())["UploadId"]
         self._pool = ThreadPoolExecutor(_UNDER_WAY, thread_name_prefix="part")
-
-    def _call(self, action: str, **words: Any) -> Any:
-        from botocore.exceptions import BotoCoreError, ClientError  # noqa: PLC0415 - an extra, and heavy
-
-        try:
-            return getattr(self._s3, action)(Bucket=self._bucket, Key=self._key, **words)
-        except ClientError as error:
-            if error.response.get("Error", {}).get("Code", "") in {"PreconditionFailed", "412"}:
-                raise _exists(self.name) from error
-            raise TargetError(f"s3:{action} is refused: {error}", file=self.name) from error
-        except BotoCoreError as error:
-            raise TargetError(f"s3:{action} fails: {error}", file=self.name) from error
 
     def append(self, data: Buffer) -> None:
         """Write at the end; waits while too many parts are under way."""
@@ -119,42 +136,57 @@ class Upload:
                 part.result()  # a part that failed ends the upload
         self._room.acquire()
         body, self._held, self._filled = self._held, None, 0
-        self._parts.append(self._pool.submit(self._put, len(self._parts) + 1, body))
+        self._parts.append(self._pool.submit(self._put, self._first + len(self._parts), body))
 
     def _put(self, number: int, body: BinaryIO | None) -> dict[str, Any]:
         try:
             if body is not None:
                 body.seek(0)
-            answer = self._call("upload_part", UploadId=self._id, PartNumber=number, Body=b"" if body is None else body)
+            words = {"UploadId": self._id, "PartNumber": number, "Body": b"" if body is None else body}
+            answer = call(self._s3, self.name, "upload_part", **words)
             return {"PartNumber": number, "ETag": answer["ETag"]}
         finally:
             self._room.release()
             if body is not None:
                 body.close()
 
-    def finish(self) -> None:
-        """Wait until every part has arrived; nothing is visible yet."""
+    def finish(self) -> list[dict[str, Any]]:
+        """Wait until every part has arrived and return what completing asks for; nothing is visible yet."""
         if self._filled or not self._parts:
             self._send()
-        for part in self._parts:
-            part.result()
+        return [part.result() for part in self._parts]
 
-    def complete(self) -> None:
-        """Make the object appear; unless it may replace one, only where there is none (If-None-Match)."""
-        parts = [part.result() for part in self._parts]
-        words = {} if self._replace else {"IfNoneMatch": "*"}
-        self._call("complete_multipart_upload", UploadId=self._id, MultipartUpload={"Parts": parts}, **words)
-        self._id = None
-
-    def abort(self) -> None:
-        """Leave nothing behind of what was not completed."""
+    def close(self) -> None:
+        """Give up what was not sent."""
         self._pool.shutdown(wait=True, cancel_futures=True)
         if self._held is not None:
             self._held.close()
-        if self._id is not None:
+
+
+class Upload(Parts):
+    """One multipart upload: `append` in order, `finish`, `complete`; then `abort`, which leaves what was completed.
+
+    `most`: an upper bound of its bytes. Raises TargetError.
+    """
+
+    def __init__(self, s3: Any, url: str, most: int, *, replace: bool) -> None:
+        super().__init__(s3, url, begin(s3, url, replace=replace), part_size(most))
+        self._replace = replace
+        self._open = True
+
+    def complete(self) -> None:
+        """Make the object appear, as the function of this name does."""
+        parts = [part.result() for part in self._parts]
+        complete(self._s3, self.name, self._id, parts, replace=self._replace)
+        self._open = False
+
+    def abort(self) -> None:
+        """Leave nothing behind of what was not completed."""
+        self.close()
+        if self._open:
             with contextlib.suppress(TargetError):
-                self._call("abort_multipart_upload", UploadId=self._id)
-            self._id = None
+                call(self._s3, self.name, "abort_multipart_upload", UploadId=self._id)
+            self._open = False
 
 
 class StreamedMember(Member):
@@ -162,7 +194,7 @@ class StreamedMember(Member):
 
     fresh = True
 
-    def __init__(self, upload: Upload) -> None:
+    def __init__(self, upload: Parts) -> None:
         self.name = upload.name
         self._upload = upload
 

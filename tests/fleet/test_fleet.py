@@ -1,70 +1,24 @@
 """Fleets: plans, runs on real clusters, what survives which death, and that nothing is done twice."""
 
-import contextlib
 import itertools
 import json
 import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
-import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from clikit import dm
+from fleet.kit import Cluster, all_equal, ended, ledger_lines, once_each, plan, slow, start, wait_for
 
 from diskmorph.convert.fleet import parse_plan
 from diskmorph.convert.fleet.expand import filled
 from diskmorph.formats.errors import OptionError
 
 from testkit import KIB, MIB, data, run
-
-FORMATS = ("qcow2", "vmdk", "vdi", "vpc", "vhdx", "raw")
-
-
-def images(folder: Path, count: int) -> Path:
-    """Small real images in several formats, each with an ext2 file system of its own and data behind it."""
-    folder.mkdir()
-    for number in range(count):
-        raw = folder.parent / "one.raw"
-        raw.unlink(missing_ok=True)
-        run("mke2fs", "-q", "-t", "ext2", "-L", f"n{number}", raw, "512k")
-        with raw.open("r+b") as file:
-            file.seek(300 * KIB)
-            file.write(data(number, 40 * KIB))
-        form = FORMATS[number % len(FORMATS)]
-        run("qemu-img", "convert", "-f", "raw", "-O", form, raw, folder / f"vm{number:03}.{form}")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def vms(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return images(tmp_path_factory.mktemp("vms") / "in", 18)
-
-
-def plan(folder: Path, source: str, target: str, **options: Any) -> Path:
-    path = folder / "plan.jsonl"
-    path.write_text(json.dumps({"source": source, "target": target, **options}) + "\n")
-    return path
-
-
-def ledger_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def all_equal(vms: Path, out: Path) -> None:
-    """Every target holds what a single conversion of its source holds, and nothing else lies beside them."""
-    sources = {path.stem: path for path in vms.iterdir()}
-    assert sorted(path.stem for path in out.iterdir()) == sorted(sources)
-    for target in out.iterdir():
-        single = out.parent / "single.qcow2"
-        dm("convert", "-q", "--force", sources[target.stem], single).ok()
-        dm("compare", "--strict", single, target).ok()
 
 
 def test_plans_say_the_same_in_three_ways() -> None:
@@ -189,98 +143,15 @@ def test_every_verb_and_ranges(vms: Path, tmp_path: Path) -> None:
     assert run(*words).stdout == "fleet\n"
 
 
-# --- a cluster of its own processes
-
-
-class Cluster:
-    """A scheduler and workers as an operator starts them; whatever dies is started again."""
-
-    def __init__(self, folder: Path) -> None:
-        import socket
-
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.url = f"tcp://127.0.0.1:{self.port}"
-        self.folder = folder
-        self.scheduler = self.start_scheduler()
-        self.workers = [self.start_worker() for _ in range(2)]
-
-    def _start(self, *words: str) -> subprocess.Popen[bytes]:
-        env = {**os.environ, "DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "8"}
-        return subprocess.Popen([sys.executable, "-m", *words], env=env, cwd=self.folder, stderr=subprocess.DEVNULL)
-
-    def start_scheduler(self) -> subprocess.Popen[bytes]:
-        here = ("--host", "127.0.0.1", "--port", str(self.port), "--no-dashboard")
-        return self._start("distributed.cli.dask_scheduler", *here)
-
-    def start_worker(self) -> subprocess.Popen[bytes]:
-        return self._start("distributed.cli.dask_worker", self.url, "--nthreads", "1", "--no-nanny", "--no-dashboard")
-
-    def kill_worker(self, number: int) -> None:
-        self.workers[number].kill()
-        self.workers[number].wait()
-        self.workers[number] = self.start_worker()
-
-    def kill_scheduler(self) -> None:
-        self.scheduler.kill()
-        self.scheduler.wait()
-        self.scheduler = self.start_scheduler()
-        for number, worker in enumerate(self.workers):
-            worker.kill()
-            worker.wait()
-            self.workers[number] = self.start_worker()
-
-    def close(self) -> None:
-        for process in (*self.workers, self.scheduler):
-            process.kill()
-            process.wait()
-
-
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    made = Cluster(tmp_path)
-    yield made
-    made.close()
-
-
-def start(*words: Any) -> subprocess.Popen[str]:
-    line = [sys.executable, "-m", "diskmorph", "fleet", "run", *map(str, words)]
-    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def ended(path: Path) -> int:
-    return path.read_text().count('"row"') if path.exists() else 0
-
-
-def wait_for(path: Path, rows: int) -> None:
-    end = time.monotonic() + 60
-    while ended(path) < rows:
-        assert time.monotonic() < end, "it did not come so far"
-        time.sleep(0.01)
-
-
-def slow(vms: Path, folder: Path) -> Path:
-    """A plan whose rows take long enough to be killed in."""
-    (folder / "out").mkdir()
-    return plan(folder, f"{vms}/*", "out/{stem}.qcow2", rate="2M")
-
-
-def once_each(ledger: Path, rows: int) -> None:
-    lines = [line for line in ledger_lines(ledger) if "row" in line]
-    assert sorted(line["row"] for line in lines if line["status"] == "done") == list(range(1, rows + 1))
-    assert all(line["digest"] for line in lines)
-
-
 def test_workers_and_scheduler_may_die(vms: Path, tmp_path: Path, cluster: Cluster) -> None:
     path = slow(vms, tmp_path)
     ledger = path.with_name("plan.jsonl.ledger.jsonl")
     running = start(path, "--scheduler", cluster.url, "--json")
     dice = random.Random(9)
     for death in range(5):
-        wait_for(ledger, 1 + 2 * death)
+        wait_for(lambda least=1 + 2 * death: ended(ledger) >= least)
         cluster.kill_worker(dice.randrange(2))
-    wait_for(ledger, 12)
+    wait_for(lambda: ended(ledger) >= 12)
     cluster.kill_scheduler()
     out, err = running.communicate(timeout=120)
     assert running.returncode == 0, out + err
@@ -303,7 +174,7 @@ def test_the_client_may_die(vms: Path, tmp_path: Path, cluster: Cluster) -> None
     path = slow(vms, tmp_path)
     ledger = path.with_name("plan.jsonl.ledger.jsonl")
     running = start(path, "--scheduler", cluster.url)
-    wait_for(ledger, 4)
+    wait_for(lambda: ended(ledger) >= 4)
     running.send_signal(signal.SIGKILL)
     running.communicate()
     with ledger.open("a") as file:
@@ -324,29 +195,6 @@ def test_one_run_a_ledger(vms: Path, tmp_path: Path) -> None:
     (tmp_path / "other").write_text("not a ledger\n")
     assert dm("fleet", "run", path, "--ledger", tmp_path / "other").status == 1
     assert (tmp_path / "other").read_text() == "not a ledger\n"
-
-
-# --- S3
-
-
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    words = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.get_host_and_port()[1]}", "AWS_REGION": "us-east-1"}
-    words |= {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1"}
-    for name, value in {**words, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}.items():
-        monkeypatch.setenv(name, value)
-    import boto3
-
-    s3 = boto3.client("s3")
-    for name in ("vms", "qcow2"):
-        s3.create_bucket(Bucket=name)
-    yield s3
-    with contextlib.suppress(Exception):
-        threading.Thread(target=server.stop, daemon=True).start()
 
 
 def test_s3_to_s3(bucket: Any, vms: Path, tmp_path: Path) -> None:
