@@ -100,6 +100,16 @@ def _dmg(source: ByteSource) -> Signature | None:
     return Signature("dmg", low + found, "UDIF trailer") if found >= 0 else None
 
 
+def _cloop(source: ByteSource) -> Signature | None:
+    """Find the script that names the format, before everything or, of the header at the end, behind it."""
+    for place in (0, source.size - 136):
+        if place >= 0 and source.read_upto(place, 12) == b"#!/bin/sh\n#V":
+            named = source.read_upto(place + 11, 11)
+            if named[:1] == b"V" and named[2:3] == b"." and named[4:] == b" Format":
+                return Signature("cloop", place, "cloop header")
+    return None
+
+
 def _marked(
     name: str, what: str, test: str, first: Callable[[bytes], bool]
 ) -> Callable[[ByteSource], Signature | None]:
@@ -171,6 +181,7 @@ FORMATS: tuple[Format, ...] = (
     Format(
         "parallels", _DISKS + "parallels", _parallels, suffixes=(".hds", ".hdd"), writes=False, title="Parallels HDD"
     ),
+    Format("cloop", _DISKS + "cloop", _cloop, suffixes=(".cloop",), writes=False, title="compressed loopback image"),
     Format("dmg", _DISKS + "dmg", _dmg, aliases=("udif",), suffixes=(".dmg",), writes=False, title="Apple disk image"),
     Format(
         "ova",

@@ -31,6 +31,7 @@ QEMU = {
     "vhdx": "vhdx",
     "parallels": "parallels",
     "qcow": "qcow",
+    "cloop": "cloop",
     "dmg": "dmg",
 }
 KEEP = Path(__file__).parents[2] / "build/fuzz"
