@@ -210,6 +210,11 @@ class FilePool:
         if fd >= 0:
             os.close(fd)
 
+    def __del__(self) -> None:
+        """Close what its users forgot to close."""
+        for fd, _ in self.__dict__.get("_open", {}).values():
+            os.close(fd)
+
     def _make_room(self) -> None:
         while len(self._open) >= self._limit:
             idle = next((source for source, (_, users) in self._open.items() if not users), None)

@@ -15,7 +15,7 @@ import numpy as np
 
 from diskmorph.formats.disk import Disk
 from diskmorph.formats.extents import ABSENT, DATA, EXTENT, HOLE, ZERO, clip, cut, row, stops
-from diskmorph.formats.source import ByteSource, BytesSource
+from diskmorph.formats.source import ByteSource, BytesSource, WindowSource
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -119,10 +119,12 @@ class DiskSource(ByteSource):
 
     @staticmethod
     def of(disk: Disk) -> ByteSource:
-        """Return a disk's bytes: its file itself, or a window of it, where the disk is that and nothing more."""
+        """Return a disk's bytes, closing which closes the disk.
+
+        That is its file itself, or a window of it, where the disk is that and nothing more.
+        """
         if isinstance(disk, Slice):
-            below = DiskSource.of(disk.disk)
-            return below.window(disk.offset, disk.size, disk.name)
+            return _SliceSource(DiskSource.of(disk.disk), disk.offset, disk.size, disk.name)
         plain = disk.format == "raw" and len(disk.files) == 1 and disk.files[0].size == disk.size
         return disk.files[0] if plain else DiskSource(disk)
 
@@ -165,6 +167,13 @@ class DiskSource(ByteSource):
     def close(self) -> None:
         """See ByteSource."""
         self._disk.close()
+
+
+class _SliceSource(WindowSource):
+    """A window that closes what it looks into."""
+
+    def close(self) -> None:
+        self._source.close()
 
 
 class Slice(_Derived):

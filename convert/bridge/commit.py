@@ -105,15 +105,19 @@ def _write(
         layers=[*old, *fresh],
         compress=options.extract.compress,
     )
-    report = write_image(
-        image,
-        output,
-        options.extract.convert,
-        tree=tree,
-        total=sum(layer.archive.size for layer in fresh),
-        on_progress=on_progress,
-        mtime=int(identity.time()) if reproducible else 0,
-    )
+    try:
+        report = write_image(
+            image,
+            output,
+            options.extract.convert,
+            tree=tree,
+            total=sum(layer.archive.size for layer in fresh),
+            on_progress=on_progress,
+            mtime=int(identity.time()) if reproducible else 0,
+        )
+    finally:
+        for layer in old:
+            layer.source.close()
     notes = () if entries else ("nothing changed: no layer was added",)
     return replace(report, lost=tuple(lost), notes=(*report.notes, *notes))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import struct
@@ -108,6 +109,21 @@ def test_round_trip_to_every_target(tmp_path: Path) -> None:
             same(expected, told(tree))
     same(expected, snapshot(tmp_path / "dir"))
     assert (tmp_path / "dir/sparse").stat().st_blocks * 512 < MIB
+
+
+def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
+    """A partition is a window of its disk: closing the tree in it closes the disk."""
+    build(sample_tree(tmp_path / "tree"), tmp_path / "d.qcow2", options=BuildOptions(boot=(), convert=QUICK))
+    extract(tmp_path / "d.qcow2", f"oci:{tmp_path}/first", options=quick())
+    gc.collect()
+    gc.disable()
+    try:
+        before = os.listdir("/proc/self/fd")
+        for turn in range(3):
+            extract(tmp_path / "d.qcow2", f"oci:{tmp_path}/{turn}", options=quick())
+        assert os.listdir("/proc/self/fd") == before
+    finally:
+        gc.enable()
 
 
 def test_the_configuration_of_images(tmp_path: Path) -> None:
