@@ -165,8 +165,10 @@ def on_terminal(*words: str, **env: str) -> str:
     child = subprocess.Popen([*COMMAND, *words], stdin=slave, stdout=slave, stderr=slave, env=settings)
     os.close(slave)
     shown, end = b"", time.monotonic() + 60
+    ready = select.poll()
+    ready.register(master, select.POLLIN)
     while time.monotonic() < end:
-        if select.select([master], [], [], 0.1)[0]:
+        if ready.poll(100):
             try:
                 piece = os.read(master, 65536)
             except OSError:
