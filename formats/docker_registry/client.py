@@ -64,7 +64,7 @@ class Repository:
         Raises SourceError (not there, refused), IntegrityError.
         """
         answer = self._call("GET", f"manifests/{wanted}", {"Accept": ", ".join(ACCEPTED)})
-        self._require(answer, {200}, f"the manifest {wanted}")
+        self._require(answer, {200}, "such an image")
         told = answer.header("Docker-Content-Digest")
         data = answer.read(most)
         kind = (wanted if ":" in wanted else "sha256:").partition(":")[0]
@@ -261,7 +261,7 @@ class Repository:
         if answer.status in {401, 403}:
             raise kind(f"the registry refuses access{said}", file=self.name, hint=self._auth.hint())
         if answer.status == 404:
-            raise kind(f"the registry has not {what}{said}", file=self.name)
+            raise kind(f"the registry has not got {what}{said}", file=self.name)
         raise kind(f"the registry answers {answer.status} for {what}{said}", file=self.name)
 
     def _said(self, answer: Answer) -> str:

@@ -6,6 +6,7 @@ they are for and to no other; what began by https never goes on by http.
 
 from __future__ import annotations
 
+import re
 import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urljoin, urlsplit
@@ -224,5 +225,6 @@ def shown(url: str) -> str:
 
 
 def _reason(error: BaseException) -> str:
+    """Return urllib3's words without those that tell of its objects."""
     text = str(getattr(error, "reason", None) or error)
-    return (text.partition(">: ")[2] or text)[:200]
+    return re.sub(r"^(?:<.*?>|HTTPS?Connection\(.*?\)): ", "", text)[:200]

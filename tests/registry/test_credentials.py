@@ -320,7 +320,7 @@ def test_where_nobody_is_sent(registry: Registry, open_image: str, where: str) -
     with proxy(registry) as gate:
         gate.rule = lambda one: Reply(307, {"Location": where}) if "/blobs/" in one.path else None
         with pytest.raises(
-            SourceError, match=r"without encryption|not taken|has not the blob|cannot be reached|answers"
+            SourceError, match=r"without encryption|not taken|has not got the blob|cannot be reached|answers"
         ):
             content(behind(gate, open_image))
 

@@ -133,7 +133,7 @@ def test_a_refusal_in_the_middle_leaves_no_tag(tmp_path: Path, registry: Registr
         found = dm("convert", layout(tmp_path), behind(server, f"{image}:1"))
     assert found.status != 0
     assert "DENIED: quota[2J exceeded" in found.err
-    with pytest.raises(SourceError, match="has not the manifest"):
+    with pytest.raises(SourceError, match="has not got such an image"):
         content(f"{image}:1")
 
 
@@ -164,7 +164,7 @@ def test_a_source_that_changes_meanwhile_makes_no_tag(tmp_path: Path, registry: 
         server.rule = change
         with pytest.raises(IntegrityError):
             extract(tree, behind(server, f"{image}:1"), options=ExtractOptions(convert=QUICK))
-    with pytest.raises(SourceError, match="has not the manifest"):
+    with pytest.raises(SourceError, match="has not got such an image"):
         content(f"{image}:1")
 
 
