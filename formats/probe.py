@@ -181,6 +181,13 @@ FORMATS: tuple[Format, ...] = (
     Format(
         "parallels", _DISKS + "parallels", _parallels, suffixes=(".hds", ".hdd"), writes=False, title="Parallels HDD"
     ),
+    Format(
+        "bochs",
+        _DISKS + "bochs",
+        at(0, b"Bochs Virtual HD Image\0", "bochs", "Bochs header"),
+        writes=False,
+        title="Bochs growing disk",
+    ),
     Format("cloop", _DISKS + "cloop", _cloop, suffixes=(".cloop",), writes=False, title="compressed loopback image"),
     Format("dmg", _DISKS + "dmg", _dmg, aliases=("udif",), suffixes=(".dmg",), writes=False, title="Apple disk image"),
     Format(

@@ -31,6 +31,7 @@ QEMU = {
     "vhdx": "vhdx",
     "parallels": "parallels",
     "qcow": "qcow",
+    "bochs": "bochs",
     "cloop": "cloop",
     "dmg": "dmg",
 }
