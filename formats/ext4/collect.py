@@ -1,4 +1,4 @@
-"""From a tree to tables: inodes in the order of their numbers, directory blocks, pieces of content."""
+"""From a tree to tables: inodes in the order of their numbers, names, pieces of content."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import numpy as np
 
 from diskmorph.formats.errors import TargetError
 from diskmorph.formats.ext4 import schema as s
-from diskmorph.formats.ext4.geometry import BLOCK
 from diskmorph.formats.ext4.zeroes import PIECE
 from diskmorph.formats.tree import Node, dir_node
 
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
     from diskmorph.formats.tree import Tree
 
 _FAR = 1 << 40  # seconds: far beyond what ext4 can say
-_CAPACITY = BLOCK - 12  # of a directory block: a tail with its checksum comes last
-_CHUNK = 1 << 16  # directory entries put into blocks at once
 LOST_FOUND = b"lost+found"
 
 
@@ -148,89 +145,6 @@ def content(nodes: list[Node], first: int, sources: list[ByteSource], index: dic
     for column, name in enumerate(PIECE.names or ()):
         out[name] = table[:, column]
     return out[out["length"] > 0]
-
-
-@dataclass
-class Directories:
-    """Directory blocks: `objects` and the blocks of each; `blocks` all of them, shape (n, 4096), without checksums."""
-
-    objects: NDArray[np.int64]
-    counts: NDArray[np.int64]
-    blocks: NDArray[np.uint8]
-
-
-def pack(names: Names, inodes: NDArray[np.int64], types: NDArray[np.int64]) -> Directories:
-    """Put all names into directory blocks, in their order; `inodes` and `types` (file_type) are by object number."""
-    counts = np.array(names.counts, np.int64)
-    lengths = np.fromiter(map(len, names.names), np.int64, len(names.names))
-    room = 8 + (lengths + 3 & ~3)
-    reach = np.concatenate(([0], np.cumsum(room)))
-    ends = np.cumsum(counts)
-    begins = ends - counts
-    firsts, per = _block_firsts(reach, begins, ends)
-    blocks = np.zeros((len(firsts), BLOCK), np.uint8)
-    objects = np.array(names.objects, np.int64)
-    at = 0
-    while at < len(firsts):
-        stop = max(int(np.searchsorted(firsts, firsts[at] + _CHUNK)), at + 1)
-        low, high = int(firsts[at]), int(firsts[stop]) if stop < len(firsts) else len(lengths)
-        numbers = objects[low:high]
-        part = (names.names[low:high], lengths[low:high], reach[low : high + 1], inodes[numbers], types[numbers])
-        _fill(blocks[at:stop], firsts[at:stop] - low, *part)
-        at = stop
-    return Directories(np.array(names.directories, np.int64), per, blocks)
-
-
-def _block_firsts(
-    reach: NDArray[np.int64], begins: NDArray[np.int64], ends: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the first entry of each block, and the blocks of each directory: as many entries as fit, in order."""
-    total = reach[ends] - reach[begins]
-    per = np.ones(len(begins), np.int64)
-    more: list[tuple[int, list[int]]] = []
-    for number in np.flatnonzero(total > _CAPACITY).tolist():
-        found = []
-        at, end = int(begins[number]), int(ends[number])
-        while at < end:
-            found.append(at)
-            at = min(int(np.searchsorted(reach, reach[at] + _CAPACITY, side="right")) - 1, end)
-        per[number] = len(found)
-        more.append((number, found))
-    places = np.cumsum(per) - per
-    firsts = np.zeros(int(per.sum()), np.int64)
-    firsts[places] = begins
-    for number, found in more:
-        firsts[places[number] : places[number] + len(found)] = found
-    return firsts, per
-
-
-def _fill(
-    blocks: NDArray[np.uint8],
-    firsts: NDArray[np.int64],
-    names: list[bytes],
-    lengths: NDArray[np.int64],
-    reach: NDArray[np.int64],
-    inodes: NDArray[np.int64],
-    types: NDArray[np.int64],
-) -> None:
-    """Write entries into blocks: `firsts` are the blocks' first entries, `reach` the room that entries take, summed."""
-    count = len(names)
-    per = np.diff(np.append(firsts, count))
-    block = np.repeat(np.arange(len(firsts)), per)
-    within = reach[:-1] - reach[firsts][block]
-    rec_len = np.diff(reach)
-    lasts = np.append(firsts[1:], count) - 1
-    rec_len[lasts] = _CAPACITY - within[lasts]
-    places = block * BLOCK + within
-    words = blocks.reshape(-1).view("<u4")
-    words[places // 4] = inodes
-    words[places // 4 + 1] = rec_len | lengths << 16 | types << 24
-    total = int(lengths.sum())
-    flat = np.frombuffer(b"".join(names), np.uint8)
-    spread = np.repeat(places + 8 - (np.cumsum(lengths) - lengths), lengths) + np.arange(total)
-    blocks.reshape(-1)[spread] = flat
-    tails = blocks[:, _CAPACITY:].view("<u4")
-    tails[:, 1] = 12 | 0xDE << 24
 
 
 _FILE_TYPES = np.zeros(16, np.int64)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from diskmorph.formats.disk import Disk
-    from diskmorph.formats.ext4.collect import Directories
+    from diskmorph.formats.ext4.directories import Directories
     from diskmorph.formats.source import Buffer
     from diskmorph.formats.tree import Node
 
@@ -181,6 +181,8 @@ def _put_directories(canvas: Canvas, contents: Contents, extents: NDArray[np.voi
     seeds = inode_seeds(seed, inode_numbers(owners))
     flat = found.blocks.reshape(-1).data
     sums = [chain(one, flat[n * BLOCK : (n + 1) * BLOCK - 12]) for n, one in enumerate(seeds.tolist())]
+    for n in np.flatnonzero(found.covered).tolist():  # an index: its used part, and the tail with zeroes
+        sums[n] = chain(chain(int(seeds[n]), flat[n * BLOCK : n * BLOCK + int(found.covered[n])]), bytes(8))
     found.blocks[:, -4:] = np.array(sums, "<u4").view(np.uint8).reshape(-1, 4)
     firsts = np.full(len(contents.nodes), -1, np.int64)
     firsts[found.objects] = np.cumsum(found.counts) - found.counts

@@ -138,6 +138,8 @@ def _extents(
     rows = inode_numbers(contents.alive[(kinds == stat.S_IFREG) | (kinds == stat.S_IFDIR) | links]) - 1
     words, fields = table.words(), table.fields
     fields["flags"][rows] |= s.EXTENTS_FL
+    found = contents.directories
+    fields["flags"][inode_numbers(found.objects[found.indexed]) - 1] |= s.INDEX_FL
     words[rows, 0], words[rows, 1] = s.EXTENT_MAGIC, IN_INODE
     owners = inode_numbers(extents["owner"]) - 1
     counts = np.bincount(owners, minlength=len(table.rows))

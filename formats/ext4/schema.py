@@ -314,6 +314,23 @@ DIRENT_TAIL = Struct(
 # file_type, by the type bits of a mode >> 12
 FILE_TYPES = {0o10: 1, 0o04: 2, 0o02: 3, 0o06: 4, 0o01: 5, 0o14: 6, 0o12: 7}
 
+# "Hash Tree Directories": in the first block the entries of `.` and `..`, which takes the rest of it for readers that
+# know no index, and the root; in further blocks an entry without a name, and a node. Then limit and entries by hash.
+HALF_MD4 = 1
+DX_ROOT = Struct(
+    "dots" / Bytes(24),
+    "reserved" / Const(0, Int32ul),
+    "hash_version" / Int8ul,
+    "info_length" / Const(8, Int8ul),
+    "levels" / Int8ul,  # of nodes below the root
+    "unused" / Const(0, Int8ul),
+)
+DX_NODE = Struct("inode" / Const(0, Int32ul), "rec_len" / Int16ul, "name_len" / Const(0, Int16ul))
+DX_LIMIT = Struct("limit" / Int16ul, "count" / Int16ul)
+DX_ENTRY = np.dtype([("hash", "<u4"), ("block", "<u4")])
+DX_TAIL = Struct("reserved" / Const(0, Int32ul), "checksum" / Int32ul)
+DX_CONTINUED = 1  # in a hash: the leaf before ends with names of the same
+
 # "Extended Attributes": behind this in a block, or behind the magic alone in an inode.
 XATTR_MAGIC = 0xEA020000
 XATTR_HEADER = Struct(

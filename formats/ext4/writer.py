@@ -15,7 +15,8 @@ import numpy as np
 from diskmorph.formats.allocator import Identity
 from diskmorph.formats.errors import TargetError
 from diskmorph.formats.ext4 import xattrs
-from diskmorph.formats.ext4.collect import Collector, Directories, content, file_types, pack
+from diskmorph.formats.ext4.collect import Collector, content, file_types
+from diskmorph.formats.ext4.directories import Directories, pack
 from diskmorph.formats.ext4.geometry import BLOCK, Geometry, sized, smallest
 from diskmorph.formats.ext4.image import Contents, build
 from diskmorph.formats.ext4.inodes import inode_numbers
@@ -101,7 +102,7 @@ class Ext4Writer:
             alive=np.array(collector.alive, np.int64),
             columns=collector.columns(tree),
             links=np.bincount(np.array(names.objects, np.int64), minlength=len(nodes)),
-            directories=pack(names, inode_numbers(np.arange(len(nodes))), file_types(modes)),
+            directories=pack(names, inode_numbers(np.arange(len(nodes))), file_types(modes), self._contents.hash_seed),
             segments=found,
             pieces=pieces,
             runs=runs,
