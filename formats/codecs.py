@@ -27,7 +27,9 @@ def _inflate(wbits: int) -> Callable[[Buffer, int], tuple[bytes, int]]:
 
         stream = isal_zlib.decompressobj(wbits)
         try:
-            out = stream.decompress(stored, length + 1)
+            out = stream.decompress(stored, length)
+            if not stream.eof and len(out) == length:
+                out += stream.decompress(stream.unconsumed_tail, 1)
         except (igzip_lib.IsalError, zlib.error) as error:  # type: ignore[misc]  # a class, though its stub says otherwise
             raise FormatError(f"compressed data is damaged: {error}") from error
         return out, len(stored) - len(stream.unused_data) if stream.eof else 0
