@@ -182,6 +182,14 @@ FORMATS: tuple[Format, ...] = (
         "parallels", _DISKS + "parallels", _parallels, suffixes=(".hds", ".hdd"), writes=False, title="Parallels HDD"
     ),
     Format(
+        "asif",
+        _DISKS + "asif",
+        at(0, b"shdw\0\0", "asif", "ASIF header"),
+        suffixes=(".asif",),
+        writes=False,
+        title="Apple sparse image, macOS 26",
+    ),
+    Format(
         "bochs",
         _DISKS + "bochs",
         at(0, b"Bochs Virtual HD Image\0", "bochs", "Bochs header"),

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import vhdxmade
 import vmdkmade
-from contract.cases import bochs, cloop, dmg, parallels, qcow, qcow2, vdi, vhd, vhdx, vmdk
+from contract.cases import asif, bochs, cloop, dmg, parallels, qcow, qcow2, vdi, vhd, vhdx, vmdk
 from vhdxmade import FULL, Made
 from vmdkmade import ZEROED, Hosted
 
@@ -351,6 +351,7 @@ TABLE: dict[str, dict[str, Maker]] = {
         **{case.name.removeprefix("parallels-"): _case(case.make) for case in parallels.DISKS},
     },
     "qcow": {"disk": _fixture("qcow/disk.qcow"), "permuted": _case(qcow.permuted)},
+    "asif": {case.name.removeprefix("asif-"): _case(case.make) for case in asif.DISKS},
     "bochs": {case.name.removeprefix("bochs-"): _case(case.make) for case in bochs.DISKS if case.name != "bximage"},
     "cloop": {
         "v2": _case(cloop.v2),
