@@ -110,6 +110,19 @@ def _cloop(source: ByteSource) -> Signature | None:
     return None
 
 
+def _ewf(source: ByteSource) -> Signature | None:
+    """Find the header of a segment file; relatives are found too, and refused by name when they are opened."""
+    magic = source.read_upto(0, 8)
+    kinds = {
+        b"EVF\x09\x0d\x0a\xff\0",
+        b"LVF\x09\x0d\x0a\xff\0",
+        b"EVF2\x0d\x0a\x81\0",
+        b"LEF2\x0d\x0a\x81\0",
+        b"ADCRYPT\0",
+    }
+    return Signature("ewf", 0, "EWF segment file") if magic in kinds else None
+
+
 def _marked(
     name: str, what: str, test: str, first: Callable[[bytes], bool]
 ) -> Callable[[ByteSource], Signature | None]:
@@ -180,6 +193,15 @@ FORMATS: tuple[Format, ...] = (
     ),
     Format(
         "parallels", _DISKS + "parallels", _parallels, suffixes=(".hds", ".hdd"), writes=False, title="Parallels HDD"
+    ),
+    Format(
+        "ewf",
+        _DISKS + "ewf",
+        _ewf,
+        aliases=("e01",),
+        suffixes=(".e01", ".s01", ".ex01", ".l01"),
+        writes=False,
+        title="Expert Witness, EnCase",
     ),
     Format(
         "asif",

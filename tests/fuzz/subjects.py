@@ -10,6 +10,7 @@ import struct
 import sys
 import tempfile
 import uuid
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import vhdxmade
 import vmdkmade
-from contract.cases import asif, bochs, cloop, dmg, parallels, qcow, qcow2, vdi, vhd, vhdx, vmdk
+from contract.cases import asif, bochs, cloop, dmg, ewf, parallels, qcow, qcow2, vdi, vhd, vhdx, vmdk
 from vhdxmade import FULL, Made
 from vmdkmade import ZEROED, Hosted
 
@@ -94,7 +95,30 @@ def _mend_vhdx(blob: bytearray) -> None:
             struct.pack_into("<I", blob, at + 4, crc32c(bytes(blob[at : at + size])))
 
 
-MENDERS: dict[str, Mender] = {"vhd": _mend_vhd, "vhdx": _mend_vhdx}
+def _mend_ewf(blob: bytearray) -> None:
+    """Make the sums of section descriptors, table headers, tables and volumes right again."""
+
+    def seal(start: int, length: int) -> None:
+        if start + length + 4 <= len(blob):
+            struct.pack_into("<I", blob, start + length, zlib.adler32(blob[start : start + length]))
+
+    at = 13
+    while at + 76 <= len(blob):
+        seal(at, 72)
+        kind, following = struct.unpack_from("<16sQ", blob, at)
+        if kind.startswith(b"table"):
+            seal(at + 76, 20)
+            count = struct.unpack_from("<I", blob, at + 76)[0]
+            if following == at + 76 + 24 + 4 * count + 4:
+                seal(at + 100, 4 * count)
+        elif kind.startswith((b"volume", b"data")) and following - at - 76 in (94, 1052):
+            seal(at + 76, following - at - 80)
+        if following <= at:
+            return
+        at = following
+
+
+MENDERS: dict[str, Mender] = {"vhd": _mend_vhd, "vhdx": _mend_vhdx, "ewf": _mend_ewf}
 
 
 def subject(name: str, format: str, folder: Path, main: str, victim: str | None = None, **more: Any) -> Subject:
@@ -357,6 +381,11 @@ TABLE: dict[str, dict[str, Maker]] = {
         "v2": _case(cloop.v2),
         "v4 first": _case(cloop.v4(16 * KIB, last=False)),
         "v4 last": _case(cloop.v4(16 * KIB, last=True)),
+    },
+    "ewf": {
+        "tables": _case(ewf.handmade()),
+        "segments": _case(ewf.handmade(per_file=7, per_chunk=3), victim="d.E02"),
+        "old": _case(ewf.handmade(old=True, per_file=11)),
     },
     "dmg": {
         "mixed": _case(dmg.mixed),
