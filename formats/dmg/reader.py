@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +24,16 @@ if TYPE_CHECKING:
     from diskmorph.formats.registry import OpenContext
     from diskmorph.formats.source import ByteSource
 
+_KEPT = 32 << 20
 _U = np.uint64
+
+
+class _Unit:
+    """A decoded chunk, once it is: chunks lie across any grid, so that two workers ask for the same one at once."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.data: bytes | None = None
 
 
 class DmgDisk(ImageDisk):
@@ -42,6 +53,8 @@ class DmgDisk(ImageDisk):
         self._require_places(limits)
         self._by_offset = encoded[np.argsort(encoded["offset"], kind="stable")]
         self._largest = int(encoded["length"].max()) if len(encoded) else 0
+        self._lock = threading.Lock()
+        self._units: OrderedDict[int, _Unit] = OrderedDict()
         self.info = self._described()
 
     def _described(self) -> ImageInfo:
@@ -69,6 +82,17 @@ class DmgDisk(ImageDisk):
     def decode_unit(self, file: int, offset: int, stored: int, codec: int, least: int) -> bytes:
         """See Disk: chunks have lengths of their own."""
         del least
+        with self._lock:
+            unit = self._units.setdefault(offset, _Unit())
+            self._units.move_to_end(offset)
+            while len(self._units) > 1 and len(self._units) * self._largest > _KEPT:
+                self._units.popitem(last=False)
+        with unit.lock:
+            if unit.data is None:
+                unit.data = self._decode(file, offset, stored, codec)
+            return unit.data
+
+    def _decode(self, file: int, offset: int, stored: int, codec: int) -> bytes:
         at = int(np.searchsorted(self._by_offset["offset"], _U(offset)))
         try:
             return decode(codec, self.files[file].read(offset, stored), int(self._by_offset["length"][at]))

@@ -14,6 +14,7 @@ import pytest
 from contract.cases import dmg as made
 from contract.cases.dmg import ADC, BZIP2, IGNORE, LZFSE, NAMES, RAW, SECTOR, XZ, ZERO, ZLIB, Part, parts, udif
 
+import diskmorph
 from diskmorph.formats import dmg
 from diskmorph.formats.check import CheckReport
 from diskmorph.formats.codecs import decode
@@ -367,3 +368,17 @@ def test_declarations() -> None:
     raw = data("chunk", 40)
     row, parsed = np.frombuffer(raw, schema.CHUNK)[0], schema.CHUNK_STRUCT.parse(raw)
     assert [int(row[name]) for name in schema.CHUNK.names or ()] == [parsed[name] for name in schema.CHUNK.names or ()]
+
+
+def test_a_chunk_is_decoded_once_in_a_conversion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks lie across the windows of a conversion, and across the targets' units."""
+    from diskmorph.formats.dmg import reader
+
+    units = [made.text(n, 256 * KIB) for n in range(40)]
+    want = udif(tmp_path / "d.dmg", [Part("a", [(IGNORE, 40)]), Part("b", [(ZLIB, unit) for unit in units])])
+    calls = []
+    kept = reader.decode
+    monkeypatch.setattr(reader, "decode", lambda *words: calls.append(words[2]) or kept(*words))
+    diskmorph.convert(tmp_path / "d.dmg", tmp_path / "d.raw")
+    assert (tmp_path / "d.raw").read_bytes() == want
+    assert len(calls) == len(units)
