@@ -11,6 +11,8 @@ import numpy as np
 from diskmorph.convert.windows import READ
 from diskmorph.formats.allocator import RUN
 from diskmorph.formats.extents import ABSENT, DATA, ZERO
+from diskmorph.formats.rows import chosen
+from diskmorph.formats.rows import joined as all_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -41,7 +43,7 @@ def layout(segments: NDArray[np.void], pad: int) -> Layout:
     """Lay out the READ segments one after another, neighbours joined."""
     if len(segments) == 1:
         return _one_piece(segments, pad)
-    reads = segments[segments["mode"] == READ]
+    reads = chosen(segments, segments["mode"] == READ)
     start, stop = reads["start"], reads["start"] + reads["length"]
     heads = np.concatenate(([True], start[1:] != stop[:-1]))
     first = np.flatnonzero(heads)
@@ -156,15 +158,15 @@ def with_segments(window: Window, runs: NDArray[np.void] | None) -> NDArray[np.v
     """Return the RUN rows of a whole window: those that were read, and the segments that were not, in order."""
     if runs is not None and window.read == window.stop - window.start:
         return runs
-    rest = window.segments if runs is None else window.segments[window.segments["mode"] != READ]
+    rest = window.segments if runs is None else chosen(window.segments, window.segments["mode"] != READ)
     if not len(rest) and runs is not None:
         return runs
     out = np.zeros(len(rest), RUN)
     out["start"], out["length"], out["kind"] = rest["start"], rest["length"], rest["kind"]
     if runs is None:
         return out
-    joined = np.concatenate([out, runs])
-    return joined[np.argsort(joined["start"], kind="stable")]
+    whole = all_of([out, runs])
+    return whole.take(np.argsort(whole["start"], kind="stable"))
 
 
 def joined(runs: NDArray[np.void]) -> NDArray[np.void]:
@@ -174,7 +176,7 @@ def joined(runs: NDArray[np.void]) -> NDArray[np.void]:
     heads = np.concatenate(([0], np.flatnonzero(runs["kind"][1:] != runs["kind"][:-1]) + 1))
     if len(heads) == len(runs):
         return runs
-    out = runs[heads]
+    out = runs.take(heads)
     out["length"] = np.add.reduceat(runs["length"], heads)
     return out
 

@@ -14,6 +14,7 @@ from diskmorph.convert.passing import Stream, may_pass, passed
 from diskmorph.formats.allocator import RUN
 from diskmorph.formats.errors import IntegrityError
 from diskmorph.formats.extents import ABSENT, DATA, PLAIN, ZERO
+from diskmorph.formats.rows import chosen, copied, joined
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -75,8 +76,8 @@ class EncodeHand:
         units = self._units(plan.pieces, kinds)
         through = sum(self._add(row, int(row["size"]), buffer, payloads, streams or {}) for row in units)
         units["size"] = [len(payload) for payload in payloads]
-        whole = np.concatenate([buffers.joined(rest[rest["kind"] != DATA]), units])
-        return EncodedBatch(window, whole[np.argsort(whole["start"], kind="stable")], payloads, through)
+        whole = joined([buffers.joined(chosen(rest, rest["kind"] != DATA)), units])
+        return EncodedBatch(window, whole.take(np.argsort(whole["start"], kind="stable")), payloads, through)
 
     def _zero_kind(self, runs: NDArray[np.void]) -> NDArray[np.void]:
         if self._ways.zero_kind != ZERO:
@@ -133,9 +134,9 @@ class EncodeHand:
 
         Lengths are the file's.
         """
-        placed = self._place(runs).copy()
+        placed = copied(self._place(runs))
         encoded = placed["kind"] == DATA
-        asked = runs[runs["kind"] == DATA]
+        asked = chosen(runs, runs["kind"] == DATA)
         # What an encoded unit takes in the file may be more than the disk's bytes of it.
         placed["length"][encoded] = np.where(asked["codec"] == PLAIN, asked["length"], asked["size"])
         return placed, tuple(self._allocator.settle(self._ways.settled(stop, self._reader.disk.size)))
@@ -145,7 +146,7 @@ class EncodeHand:
         if not self._ways.stride or len(runs) < 2:
             return self._allocator.place(runs)
         heads = np.flatnonzero(runs["codec"][1:] != runs["codec"][:-1]) + 1
-        return np.concatenate([self._allocator.place(part) for part in np.split(runs, heads)])
+        return joined([self._allocator.place(part) for part in np.split(runs, heads)])
 
     def write(self, batch: EncodedBatch) -> None:
         """Write units and tables, count what was moved."""

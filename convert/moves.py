@@ -13,6 +13,7 @@ from diskmorph.convert.clone import clone_range
 from diskmorph.convert.passing import Stream
 from diskmorph.formats.errors import DiskmorphError, SourceError
 from diskmorph.formats.extents import DATA, PLAIN, stops
+from diskmorph.formats.rows import chosen
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -69,7 +70,7 @@ class Reader:
 
         `streams` takes what encodes whole units, by their place in the buffer.
         """
-        data = rows[rows["kind"] == DATA]
+        data = chosen(rows, rows["kind"] == DATA)
         if (
             len(data) == 1
             and len(pieces) == 1
@@ -83,13 +84,13 @@ class Reader:
             np.frombuffer(buffer, np.uint64)[:] = 0
         at = pieces["at"][piece] + start - pieces["start"][piece]
         ahead = start - data["start"][row]
-        met = data[row]
+        met = data.take(row)
         plain = met["codec"] == PLAIN
         if plain.all():
             self._read_plain(met, ahead, at, length, buffer)
             return
-        self._read_plain(met[plain], ahead[plain], at[plain], length[plain], buffer)
-        self._decode(met[~plain], ahead[~plain], at[~plain], length[~plain], buffer, streams)
+        self._read_plain(chosen(met, plain), ahead[plain], at[plain], length[plain], buffer)
+        self._decode(chosen(met, ~plain), ahead[~plain], at[~plain], length[~plain], buffer, streams)
 
     def _whole(self, row: np.void, piece: np.void, buffer: memoryview) -> bool:
         """Read a buffer that one extent covers; False if it does not."""

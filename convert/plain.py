@@ -14,6 +14,7 @@ from diskmorph.convert.windows import CLONE, CLONE_ALIGN, READ, Window
 from diskmorph.formats.allocator import RUN
 from diskmorph.formats.errors import IntegrityError
 from diskmorph.formats.extents import ABSENT, DATA, PLAIN, ZERO, stops
+from diskmorph.formats.rows import chosen, joined
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -142,7 +143,7 @@ class PlainHand:
         ways = self._ways
         if ways.step <= ways.capacity:
             found = [self._look(window, part, size)[0] for part, size in self._parts(pieces)]
-            return np.concatenate(found)
+            return joined(found)
         cells = _cut(pieces, ways.step)
         kinds = np.array([self._kind_of(window, cells[i : i + 1]) for i in range(len(cells))], np.uint8)
         runs = np.zeros(len(cells), RUN)
@@ -302,7 +303,7 @@ class PlainHand:
 def _data_of(rows: NDArray[np.void]) -> NDArray[np.void]:
     """Return the DATA rows; the rows themselves where all are."""
     data = rows["kind"] == DATA
-    return rows if data.all() else rows[data]
+    return rows if data.all() else chosen(rows, data)
 
 
 def _data_runs(pieces: NDArray[np.void]) -> NDArray[np.void]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from diskmorph.formats.extents import ABSENT, BATCH, DATA, EXTENT, HOLE, PLAIN, ZERO, clip, cut, row, stops
+from diskmorph.formats.rows import copied, joined
 from diskmorph.formats.source import FileSource
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def _unit_batches(batches: Iterator[NDArray[np.void]], grid: Grid) -> Iterator[N
     """Yield the batches cut so that each begins and ends on a unit, or at the disk's end."""
     held: NDArray[np.void] | None = None
     for batch in batches:
-        rows = batch if held is None else np.concatenate([held, batch])
+        rows = batch if held is None else joined([held, batch])
         start, stop = int(rows["start"][0]), int(stops(rows)[-1])
         edge = stop if stop == grid.size else stop // grid.unit * grid.unit
         if edge > start:
@@ -172,7 +173,7 @@ def _split(
     cursor, under = _Cursor(rows), _Cursor(below) if below is not None else None
     parts = _Cursor(segments)
     for stop in _bounds(segments, grid):
-        part = parts.within(start, stop).copy()
+        part = copied(parts.within(start, stop))
         _trim(part, start, stop)
         modes, lengths = part["mode"], part["length"]
         reads = modes == READ
@@ -334,7 +335,7 @@ def _paired_units(disk: Disk, base: Disk, grid: Grid) -> Iterator[tuple[NDArray[
     for pair in paired(disk, base, grid.size):
         rows, below = pair
         if held is not None:
-            rows, below = np.concatenate([held[0], rows]), np.concatenate([held[1], below])
+            rows, below = joined([held[0], rows]), joined([held[1], below])
         start, stop = int(rows["start"][0]), int(stops(rows)[-1])
         edge = stop if stop == grid.size else stop // grid.unit * grid.unit
         if edge > start:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from diskmorph.formats.errors import FormatError
+from diskmorph.formats.rows import chosen, copied, joined
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -80,11 +81,11 @@ def _advance(rows: NDArray[np.void], delta: NDArray[np.uint64]) -> None:
 def clip(rows: NDArray[np.void], start: int, stop: int) -> NDArray[np.void]:
     """Return the part of sorted rows within start..stop, as a copy; no rows where that is empty."""
     if start >= stop:
-        return rows[:0].copy()
+        return copied(rows[:0])
     ends = stops(rows)
     first = int(np.searchsorted(ends, np.uint64(start), side="right"))
     last = int(np.searchsorted(rows["start"], np.uint64(stop), side="left"))
-    out = rows[first:last].copy()
+    out = copied(rows[first:last])
     if not len(out):
         return out
     if int(out["start"][0]) < start:
@@ -102,11 +103,13 @@ def cut(rows: NDArray[np.void], bounds: NDArray[np.uint64]) -> NDArray[np.void]:
     starts = rows["start"]
     end = starts[-1] + rows["length"][-1]
     inner = bounds[(bounds > starts[0]) & (bounds < end)]
-    points = np.union1d(starts, inner)
-    if len(points) == len(rows):
+    at = np.searchsorted(starts, inner)
+    fresh = starts[np.minimum(at, len(starts) - 1)] != inner
+    fresh[1:] &= inner[1:] != inner[:-1]
+    if not fresh.any():
         return rows
-    index = np.searchsorted(starts, points, side="right") - 1
-    out = rows[index]
+    points = np.insert(starts, at[fresh], inner[fresh])
+    out = rows.take(np.searchsorted(starts, points, side="right") - 1)
     delta = points - out["start"]
     _advance(out, delta)
     out["length"][:-1] = np.minimum(out["length"][:-1], points[1:] - points[:-1])
@@ -121,45 +124,67 @@ def coalesce(rows: NDArray[np.void]) -> NDArray[np.void]:
     """
     if len(rows) < 2:
         return rows
-    a, b = rows[:-1], rows[1:]
-    same = (
-        (a["kind"] == b["kind"]) & (a["depth"] == b["depth"]) & (a["codec"] == b["codec"]) & (a["flags"] == b["flags"])
-    )
+    maybe = _perhaps(rows)
+    if not len(maybe):
+        return rows
+    a, b = rows.take(maybe), rows.take(maybe + 1)
+    same = (a["depth"] == b["depth"]) & (a["codec"] == b["codec"]) & (a["flags"] == b["flags"])
     same &= a["start"] + a["length"] == b["start"]
     data = a["kind"] == DATA
     plain = a["codec"] == PLAIN
     follows = a["offset"] + np.where(plain, a["length"], np.uint64(0)) == b["offset"]
     follows &= plain | (a["skip"] + a["length"] == b["skip"])
     same &= ~data | ((a["file"] == b["file"]) & follows)
-    heads = np.concatenate(([0], np.flatnonzero(~same) + 1))
-    if len(heads) == len(rows):
+    if not same.any():
         return rows
-    out = rows[heads]
+    head = np.ones(len(rows), bool)
+    head[maybe[same] + 1] = False
+    heads = np.flatnonzero(head)
+    out = rows.take(heads)
     out["length"] = np.add.reduceat(rows["length"], heads)
     return out
+
+
+def _perhaps(rows: NDArray[np.void]) -> NDArray[np.intp]:
+    """Return the rows that the next may continue: of its kind, and plain data right in front of it."""
+    kind, offset = rows["kind"], rows["offset"]
+    apart = (kind == DATA) & (rows["codec"] == PLAIN)
+    follows = offset[:-1] + rows["length"][:-1] == offset[1:]
+    return np.flatnonzero((kind[:-1] == kind[1:]) & (follows | ~apart[:-1]))
 
 
 def coalesced(batches: Iterable[NDArray[np.void]], most: int = BATCH) -> Iterator[NDArray[np.void]]:
     """Merge neighbours within and across batches, join small batches and split large ones: about `most` rows each."""
     held: list[NDArray[np.void]] = []
-    count = 0
     for batch in batches:
         if not len(batch):
             continue
         rows = coalesce(batch)
+        if held:
+            rows = _sewn(held, rows)
+        if sum(map(len, held)) >= most // 2:
+            yield from _portions(held, most)
+            held = []
         held.append(rows)
-        count += len(rows)
-        if count < most:
-            continue
-        rows = coalesce(np.concatenate(held))
-        while len(rows) > most:
-            yield rows[:most]
-            rows = rows[most:]
-        held, count = [rows], len(rows)
-    if held:
-        rows = coalesce(np.concatenate(held))
-        for at in range(0, len(rows), most):
-            yield rows[at : at + most]
+    yield from _portions(held, most)
+
+
+def _sewn(held: list[NDArray[np.void]], rows: NDArray[np.void]) -> NDArray[np.void]:
+    """Return rows with the last one held merged into their first, and taken from `held`, if that continues it."""
+    last = held[-1]
+    seam = coalesce(joined((last[-1:], rows[:1])))
+    if len(seam) == 2:
+        return rows
+    held[-1:] = [last[:-1]] if len(last) > 1 else []
+    rows = copied(rows)
+    rows[:1] = seam
+    return rows
+
+
+def _portions(held: list[NDArray[np.void]], most: int) -> Iterator[NDArray[np.void]]:
+    rows = joined(held) if held else np.zeros(0, EXTENT)
+    for at in range(0, len(rows), most):
+        yield rows[at : at + most]
 
 
 def from_units(
@@ -229,7 +254,7 @@ def require_within(
     data = np.flatnonzero(rows["kind"] == DATA)
     if not len(data):
         return
-    part = rows[data]
+    part = chosen(rows, data)
     ends = np.asarray(sizes, np.uint64)[part["file"]]
     plain = part["codec"] == PLAIN
     need = np.where(plain, part["length"], np.uint64(1))

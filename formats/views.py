@@ -15,6 +15,7 @@ import numpy as np
 
 from diskmorph.formats.disk import Disk
 from diskmorph.formats.extents import ABSENT, DATA, EXTENT, HOLE, ZERO, clip, cut, row, stops
+from diskmorph.formats.rows import copied, either, joined
 from diskmorph.formats.source import ByteSource, BytesSource, WindowSource
 
 if TYPE_CHECKING:
@@ -199,7 +200,7 @@ class Slice(_Derived):
 
     def _extents(self, start: int, stop: int) -> Iterator[NDArray[np.void]]:
         for batch in self._disk.extents(self._offset + start, self._offset + stop):
-            rows = batch.copy()
+            rows = copied(batch)
             rows["start"] -= np.uint64(self._offset)
             yield rows
 
@@ -264,7 +265,7 @@ def _merge(top: NDArray[np.void], below: NDArray[np.void], shift: int) -> NDArra
     fine = cut(top, below["start"])
     absent = fine["kind"] == ABSENT
     under = cut(below, fine["start"])
-    out = np.where(absent, under, fine)
+    out = either(absent, under, fine)
     data = absent & (under["kind"] == DATA)
     out["file"] += np.where(data, shift, 0).astype(np.uint32)
     out["depth"] += np.where(absent & (under["kind"] != HOLE), 1, 0).astype(np.uint8)
@@ -309,7 +310,7 @@ class Regions(_Derived):
         if not len(rows):
             return
         numbers = np.array([self._file(source) for source in files] or [0], np.uint32)
-        rows = rows.copy()
+        rows = copied(rows)
         rows["start"] += np.uint64(self.size)
         data = rows["kind"] == DATA
         rows["file"] = np.where(data, numbers[np.minimum(rows["file"], len(numbers) - 1)], 0)
@@ -347,7 +348,7 @@ class Regions(_Derived):
 
     def _table(self) -> NDArray[np.void]:
         if self._rows is None:
-            self._rows = np.concatenate(self._pieces) if self._pieces else np.zeros(0, EXTENT)
+            self._rows = joined(self._pieces) if self._pieces else np.zeros(0, EXTENT)
             self._pieces = [self._rows]
         return self._rows
 
@@ -364,7 +365,7 @@ class Regions(_Derived):
     def _nested(self, start: int, stop: int) -> Iterator[NDArray[np.void]]:
         begin, disk, first = self._disks[bisect_right(self._disks, start, key=lambda entry: entry[0]) - 1]
         for batch in disk.extents(start - begin, stop - begin):
-            rows = batch.copy()
+            rows = copied(batch)
             rows["start"] += np.uint64(begin)
             rows["file"] += np.where(rows["kind"] == DATA, first, 0).astype(np.uint32)
             yield rows

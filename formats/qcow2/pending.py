@@ -8,6 +8,7 @@ import numpy as np
 
 from diskmorph.formats.extents import ZERO
 from diskmorph.formats.qcow2 import schema as s
+from diskmorph.formats.rows import copied, joined
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,10 +42,10 @@ class Pending:
     def _all(self) -> NDArray[np.void]:
         if not self._parts:
             return np.zeros(0, PENDING)
-        rows = np.concatenate(self._parts) if len(self._parts) > 1 else self._parts[0]
+        rows = joined(self._parts)
         starts = rows["start"]
         if (starts[1:] < starts[:-1]).any():
-            rows = rows[np.argsort(starts, kind="stable")]
+            rows = rows.take(np.argsort(starts, kind="stable"))
         self._parts = [rows]
         return rows
 
@@ -56,13 +57,13 @@ class Pending:
         rest = rows[count:]
         over = int(out["start"][-1] + out["count"][-1]) - upto if count else 0
         if over > 0:
-            out = out.copy()
+            out = copied(out)
             tail = out[-1:].copy()
             kept = int(tail["count"][0]) - over
             tail["start"], tail["count"] = upto, over
             tail["offset"] += np.where(tail["offset"] != 0, _U(kept * self._grain), _U(0))
             out["count"][-1] = kept
-            rest = np.concatenate((tail, rest))
+            rest = joined((tail, rest))
         self._parts = [rest] if len(rest) else []
         return out
 

@@ -16,6 +16,7 @@ from diskmorph.formats.qcow2.bitmaps import usable
 from diskmorph.formats.qcow2.extensions import read_bitmaps, read_snapshots
 from diskmorph.formats.qcow2.header import Header, Place, bad, read_header, require_table
 from diskmorph.formats.qcow2.tables import Judge, L2Reader, chunks, l2_offsets, read_l1
+from diskmorph.formats.rows import copied
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -156,7 +157,7 @@ class Qcow2Disk(ImageDisk):
         if not self._aes:
             return rows
         plain = (rows["kind"] == DATA) & (rows["codec"] == PLAIN)
-        rows = rows.copy()
+        rows = copied(rows)
         rows["file"][plain] = 1
         rows["offset"][plain] = rows["start"][plain]
         return rows

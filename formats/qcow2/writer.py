@@ -19,6 +19,7 @@ from diskmorph.formats.qcow2.building import RefcountLayout, header_bytes, luks_
 from diskmorph.formats.qcow2.options import read_shape
 from diskmorph.formats.qcow2.packing import Packer
 from diskmorph.formats.qcow2.pending import PENDING, Pending, extended_entries, standard_entries
+from diskmorph.formats.rows import chosen, copied, joined
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -88,7 +89,7 @@ class Qcow2Allocator(Allocator):
         wanted = (runs["kind"] == DATA) | (runs["kind"] == ZERO)
         if self.preallocation != "off":
             wanted |= runs["kind"] == HOLE
-        runs = runs[wanted]
+        runs = chosen(runs, wanted)
         if not len(runs):
             return np.zeros(0, PLACED)
         first = int(runs["start"][0]) // self._group
@@ -99,7 +100,7 @@ class Qcow2Allocator(Allocator):
             if len(part):
                 self._seal(group)
                 placed.append(self._place_group(part))
-        return placed[0] if len(placed) == 1 else np.concatenate(placed)
+        return joined(placed)
 
     def _place_group(self, runs: NDArray[np.void]) -> NDArray[np.void]:
         if len(runs) == 1 and runs["kind"][0] == DATA and runs["codec"][0] == PLAIN:
@@ -112,13 +113,13 @@ class Qcow2Allocator(Allocator):
             whole |= ~data
         elif self.overlay:
             whole |= zero & ~flagged  # version 2 has no zero clusters: real zeroes must hide the parent's data
-        placed = self._place_whole(runs[whole])
+        placed = self._place_whole(chosen(runs, whole))
         if flagged.any():
-            self._note(runs[flagged & ~whole], None)
+            self._note(chosen(runs, flagged & ~whole), None)
         if not packed.any():
             return placed
-        rows = np.concatenate((placed, self._place_packed(runs[packed])))
-        return rows[np.argsort(rows["start"], kind="stable")]
+        rows = joined((placed, self._place_packed(chosen(runs, packed))))
+        return rows.take(np.argsort(rows["start"], kind="stable"))
 
     def _place_whole(self, runs: NDArray[np.void]) -> NDArray[np.void]:
         """Give runs host clusters of their own; neighbours in one cluster (of subclusters) share it."""
@@ -235,7 +236,7 @@ def _within(runs: NDArray[np.void], start: int, stop: int) -> NDArray[np.void]:
     ends = runs["start"] + runs["length"]
     first = int(np.searchsorted(ends, _U(start), side="right"))
     last = int(np.searchsorted(runs["start"], _U(stop), side="left"))
-    out = runs[first:last].copy()
+    out = copied(runs[first:last])
     ends = np.minimum(ends[first:last], _U(stop))
     out["start"] = np.maximum(out["start"], _U(start))
     out["length"] = ends - out["start"]
