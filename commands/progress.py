@@ -131,7 +131,13 @@ class _Bar(_Teller):
         self._drawn = True
 
 
-_DOING = {"convert": "converting", "verify": "verifying", "compare": "comparing", "digest": "hashing"}
+_DOING = {
+    "fetch": "fetching",
+    "convert": "converting",
+    "verify": "verifying",
+    "compare": "comparing",
+    "digest": "hashing",
+}
 """What a phase is called on the bar; in JSON it keeps its own name."""
 
 

@@ -11,6 +11,8 @@ from diskmorph.formats.limits import Limits
 from diskmorph.formats.source import ByteSource, FileSource
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from diskmorph.formats.tree import Tree
 
 TREE_FORMATS = ("directory", "tar", "docker-archive", "oci", "oci-archive", "docker", "iso")
@@ -39,12 +41,14 @@ def open_tree(
     format: str | None = None,
     platform: str | None = None,
     limits: Limits | None = None,
+    on_fetch: Callable[[int, int], None] | None = None,
 ) -> Tree:
     """Open a directory, an archive, a container image, an ISO or a disk's root file system as a tree.
 
     Archives may be compressed (gzip, zstd, xz): they are decoded once into an unlinked file in `$TMPDIR`. `format`
-    decides where content is ambiguous; `platform` (`os/architecture[/variant]`) chooses from an image index. Close the
-    tree, or use it in `with`. Raises FormatError, UnsupportedError, SourceError, OptionError.
+    decides where content is ambiguous; `platform` (`os/architecture[/variant]`) chooses from an image index; `on_fetch`
+    is told how many bytes of a registry's layers are there, of how many. Close the tree, or use it in `with`. Raises
+    FormatError, UnsupportedError, SourceError, OptionError.
     """
     limits = limits or Limits()
     prefix, name = _prefixed(os.fspath(path))
@@ -56,7 +60,7 @@ def open_tree(
     if found in {"oci", "oci-archive", "docker-archive", "docker"}:
         from diskmorph.formats.oci import open_image  # noqa: PLC0415
 
-        return open_image(name, format=found, platform=platform, limits=limits).tree()
+        return open_image(name, format=found, platform=platform, limits=limits, on_fetch=on_fetch).tree()
     if found == "tar":
         return _open_tar(FileSource(name), limits)
     if found == "iso":

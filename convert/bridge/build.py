@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from diskmorph.convert.bridge.facts import architecture, seed_of
 from diskmorph.convert.bridge.options import BuildOptions
+from diskmorph.convert.bridge.outputs import fetching
 from diskmorph.convert.bridge.parts import MIB, ROOT_TYPES, Part, compose, room_for_last, size_of
 from diskmorph.convert.job import convert
 from diskmorph.convert.targets import applied, padded
@@ -72,7 +73,7 @@ def build(
         from diskmorph.convert.bridge.layers import build_layers  # noqa: PLC0415 - seldom asked for
 
         return build_layers(source, target, options, on_progress)
-    tree = source if isinstance(source, Tree) else _open(source, options)
+    tree = source if isinstance(source, Tree) else _open(source, options, on_progress)
     try:
         composed = composed_of(tree, options)
         plain = replace(options.convert, source_format=None)
@@ -90,9 +91,15 @@ def build(
     )
 
 
-def _open(source: str | os.PathLike[str], options: BuildOptions) -> Tree:
+def _open(
+    source: str | os.PathLike[str], options: BuildOptions, on_progress: Callable[[Progress], None] | None
+) -> Tree:
     return open_tree(
-        source, format=options.convert.source_format, platform=options.platform, limits=options.convert.limits
+        source,
+        format=options.convert.source_format,
+        platform=options.platform,
+        limits=options.convert.limits,
+        on_fetch=fetching(on_progress),
     )
 
 

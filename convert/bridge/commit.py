@@ -12,7 +12,7 @@ from diskmorph.convert.bridge.diff import Known, changes
 from diskmorph.convert.bridge.extract import open_source_tree
 from diskmorph.convert.bridge.injected import read_record
 from diskmorph.convert.bridge.options import CommitOptions
-from diskmorph.convert.bridge.outputs import LAYER_TAR, Output, parse_output, write_image
+from diskmorph.convert.bridge.outputs import LAYER_TAR, Output, fetching, parse_output, write_image
 from diskmorph.convert.bridge.pseudo import drop_pseudo
 from diskmorph.formats.allocator import Identity
 from diskmorph.formats.errors import OptionError
@@ -49,15 +49,14 @@ def commit(
     output = parse_output(os.fspath(target), options.extract.convert.target_format)
     if not output.is_image:
         raise OptionError(f"{os.fspath(target)!r} is no container image", hint="oci:DIR, oci-archive:FILE, ...")
-    base = _open_base(options)
-    tree = source if isinstance(source, Tree) else open_source_tree(source, options.extract)
-    try:
-        layer = _changed_entries(base, tree)
-        report = _write(base, tree, layer, output, options, on_progress)
-    finally:
-        base.close()
-        if tree is not source:
-            tree.close()
+    with _open_base(options, on_progress) as base:
+        tree = source if isinstance(source, Tree) else open_source_tree(source, options.extract, on_progress)
+        try:
+            layer = _changed_entries(base, tree)
+            report = _write(base, tree, layer, output, options, on_progress)
+        finally:
+            if tree is not source:
+                tree.close()
     return replace(
         report,
         source=tree.name,
@@ -67,7 +66,7 @@ def commit(
     )
 
 
-def _open_base(options: CommitOptions) -> Image:
+def _open_base(options: CommitOptions, on_progress: Callable[[Progress], None] | None) -> Image:
     if not options.base:
         raise OptionError("commit needs the image that the disk was built from", hint="name it with --base IMAGE")
     kind = tree_format(options.base)
@@ -77,7 +76,8 @@ def _open_base(options: CommitOptions) -> Image:
         )
     limits = options.extract.convert.limits
     name = options.base if kind == "docker" else options.base.removeprefix(f"{kind}:")
-    return open_image(name, format=kind, platform=options.extract.platform, limits=limits)
+    tell = fetching(on_progress)
+    return open_image(name, format=kind, platform=options.extract.platform, limits=limits, on_fetch=tell)
 
 
 def _changed_entries(base: Image, tree: Tree) -> Sequence[Entry]:

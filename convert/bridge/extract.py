@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from diskmorph.convert.bridge.config import new_config
 from diskmorph.convert.bridge.options import ExtractOptions
-from diskmorph.convert.bridge.outputs import LAYER_TAR, Output, parse_output, write_image, write_tree
+from diskmorph.convert.bridge.outputs import LAYER_TAR, Output, fetching, parse_output, write_image, write_tree
 from diskmorph.convert.bridge.pseudo import drop_pseudo, strip_boot
 from diskmorph.formats.allocator import Identity
 from diskmorph.formats.errors import DiskmorphError, OptionError
@@ -43,7 +43,7 @@ def extract(
     options = options or ExtractOptions()
     begun = time.monotonic()
     output = parse_output(os.fspath(target), options.convert.target_format)
-    tree = source if isinstance(source, Tree) else open_source_tree(source, options)
+    tree = source if isinstance(source, Tree) else open_source_tree(source, options, on_progress)
     try:
         drop_pseudo(tree)
         if options.strip_boot:
@@ -64,7 +64,11 @@ def write_output(
     return write_tree(tree, output, options.convert, on_progress)
 
 
-def open_source_tree(source: str | os.PathLike[str] | Disk, options: ExtractOptions) -> Tree:
+def open_source_tree(
+    source: str | os.PathLike[str] | Disk,
+    options: ExtractOptions,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Tree:
     """Open what is to be extracted as a tree: a disk's root, or what is a tree already. Raises DiskmorphError."""
     wanted = options.convert
     if isinstance(source, str | os.PathLike):
@@ -72,7 +76,13 @@ def open_source_tree(source: str | os.PathLike[str] | Disk, options: ExtractOpti
         if kind in {"directory", "tar", "iso", "oci", "oci-archive", "docker-archive", "docker"}:
             if options.partition is not None:
                 raise OptionError(f"{os.fspath(source)} is no disk", hint="leave --partition out")
-            return open_tree(source, format=kind, platform=options.platform, limits=wanted.limits)
+            return open_tree(
+                source,
+                format=kind,
+                platform=options.platform,
+                limits=wanted.limits,
+                on_fetch=fetching(on_progress),
+            )
         disk = open_disk(source, format=wanted.source_format, parents=wanted.parents, limits=wanted.limits)
     else:
         disk = source

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from diskmorph.convert.bridge.build import Boot, Chance, counted, prepare, root_part
 from diskmorph.convert.bridge.facts import architecture
+from diskmorph.convert.bridge.outputs import fetching
 from diskmorph.convert.bridge.parts import ROOT_TYPES, compose, size_of
 from diskmorph.convert.job import convert
 from diskmorph.convert.plan import target_format
@@ -47,7 +48,7 @@ def build_layers(
     was made is left.
     """
     begun = time.monotonic()
-    image = _open(source, options)
+    image = _open(source, options, on_progress)
     try:
         tree, disks, notes, lost = _disks(image, options)
         report = _write_chain(disks, Path(target), options, on_progress)
@@ -62,7 +63,9 @@ def build_layers(
     )
 
 
-def _open(source: str | os.PathLike[str] | Tree, options: BuildOptions) -> Image:
+def _open(
+    source: str | os.PathLike[str] | Tree, options: BuildOptions, on_progress: Callable[[Progress], None] | None
+) -> Image:
     kind = None if isinstance(source, Tree) else options.convert.source_format or tree_format(source)
     if isinstance(source, Tree) or kind not in _IMAGES:
         raise OptionError(
@@ -74,6 +77,7 @@ def _open(source: str | os.PathLike[str] | Tree, options: BuildOptions) -> Image
         format=kind,
         platform=options.platform,
         limits=options.convert.limits,
+        on_fetch=fetching(on_progress),
     )
 
 

@@ -84,6 +84,13 @@ class Teller:
             self._on_progress(Progress(self._phase, min(self.done, self._total), self._total))
 
 
+def fetching(on_progress: Callable[[Progress], None] | None) -> Callable[[int, int], None] | None:
+    """Return what tells of layers that are fetched from a registry."""
+    if on_progress is None:
+        return None
+    return lambda done, total: on_progress(Progress("fetch", done, total))
+
+
 def write_tree(
     tree: Tree, output: Output, options: ConvertOptions, on_progress: Callable[[Progress], None] | None
 ) -> ConvertReport:

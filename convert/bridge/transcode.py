@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from diskmorph.convert.bridge.extract import extract, write_output
 from diskmorph.convert.bridge.options import ExtractOptions
-from diskmorph.convert.bridge.outputs import parse_output
+from diskmorph.convert.bridge.outputs import fetching, parse_output
 from diskmorph.convert.options import ConvertOptions
 from diskmorph.formats.tree import Tree
 from diskmorph.formats.trees import open_tree, tree_format
@@ -40,7 +40,8 @@ def convert_tree(
         kind = wanted.convert.source_format or _kind(source)
         if kind not in {"directory", "tar", "iso", "oci", "oci-archive", "docker-archive", "docker"}:
             return extract(source, target, options=wanted, on_progress=on_progress)
-        tree = open_tree(os.fspath(source), format=kind, limits=wanted.convert.limits)  # type: ignore[arg-type]
+        name = os.fspath(source)  # type: ignore[arg-type]
+        tree = open_tree(name, format=kind, limits=wanted.convert.limits, on_fetch=fetching(on_progress))
     try:
         output = parse_output(os.fspath(target), wanted.convert.target_format)
         report = write_output(tree, output, wanted, on_progress)

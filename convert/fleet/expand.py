@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diskmorph.formats.docker_registry.reference import is_reference
 from diskmorph.formats.errors import DiskmorphError, OptionError, SourceError
 from diskmorph.formats.remote import is_url
 
@@ -77,14 +78,14 @@ def is_pattern(source: str) -> bool:
     """Return whether a source stands for several: a shell pattern, or a prefix in S3."""
     if source.startswith("s3://"):
         return source.endswith("/") or _MAGIC.search(source) is not None
-    if is_url(source) or source.startswith(_PREFIXES):
+    if is_url(source) or is_reference(source) or source.startswith(_PREFIXES):
         return False
     return _MAGIC.search(source) is not None and not os.path.lexists(source)
 
 
 def absolute(name: str, folder: Path) -> str:
     """Return a name that means the same in every process: relative paths start at `folder`; URLs stay."""
-    if is_url(name) or name.startswith("docker://"):
+    if is_url(name) or is_reference(name):
         return name
     prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), "")
     path = name[len(prefix) :]

@@ -9,7 +9,9 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diskmorph.formats.docker_registry.reference import is_reference
 from diskmorph.formats.errors import DiskmorphError
+from diskmorph.formats.limits import Limits
 from diskmorph.formats.remote import is_url, open_url
 from diskmorph.formats.source import FileSource
 
@@ -30,8 +32,8 @@ _WITHOUT_EFFECT_AWS = frozenset({"workers", "max_rps"})
 def token_of(row: Row) -> str:
     """Return the name of a row's work, 32 hexadecimal digits: another source, target or option makes another token.
 
-    Local files count by inode, size and time of change, remote ones by size and ETag; parents and extents count too.
-    Raises DiskmorphError where the source is not there.
+    Local files count by inode, size and time of change, remote ones by size and ETag, images in registries by digest;
+    parents and extents count too. Raises DiskmorphError where the source is not there.
     """
     said = [row.verb, row.source, row.target, _plain(row.options), source_state(row)]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:32]
@@ -40,6 +42,10 @@ def token_of(row: Row) -> str:
 def source_state(row: Row) -> list[Any]:
     """Return what tells a source from a changed one. Raises SourceError where it is not there."""
     name = row.source
+    if is_reference(name):
+        from diskmorph.formats.oci.remote import image_digest  # noqa: PLC0415 - what is used is loaded
+
+        return [image_digest(name, Limits())]
     for prefix in _PREFIXES:
         if name.startswith(prefix):
             path = name.removeprefix(prefix)

@@ -26,7 +26,7 @@ from diskmorph.formats.spool import codec_of, decoded
 from diskmorph.formats.tree import Tree
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from diskmorph.formats.source import ByteSource
 
@@ -143,17 +143,19 @@ def open_image(
     format: str,
     platform: str | None = None,
     limits: Limits | None = None,
+    on_fetch: Callable[[int, int], None] | None = None,
 ) -> Image:
     """Open an image of that format (oci, oci-archive, docker-archive, docker: in a registry).
 
     A suffix `:NAME` chooses among several in one archive or layout.
 
-    `platform` is `os/architecture[/variant]`; without it an index gives the machine's own. Raises FormatError,
-    IntegrityError, UnsupportedError, OptionError.
+    `platform` is `os/architecture[/variant]`; without it an index gives the machine's own. `on_fetch` is told how many
+    bytes of a registry's layers are there, of how many. Raises FormatError, IntegrityError, UnsupportedError,
+    OptionError.
     """
     limits = limits or Limits()
     name, tag = (os.fspath(path), None) if format == "docker" else _split_tag(os.fspath(path))
-    files = _open_files(name, format, limits)
+    files = _open_files(name, format, limits, on_fetch)
     try:
         if format == "docker-archive" and files.has("manifest.json"):
             return _open_docker(files, tag)
@@ -163,11 +165,11 @@ def open_image(
         raise
 
 
-def _open_files(name: str, format: str, limits: Limits) -> ImageFiles:
+def _open_files(name: str, format: str, limits: Limits, on_fetch: Callable[[int, int], None] | None) -> ImageFiles:
     if format == "docker":
         from diskmorph.formats.oci.remote import RegistryFiles  # noqa: PLC0415 - what is used is loaded
 
-        return RegistryFiles(name, limits)
+        return RegistryFiles(name, limits, on_fetch)
     if format == "oci":
         return DirectoryFiles(name, limits)
     return ArchiveFiles(decoded(FileSource(name), limits), limits)

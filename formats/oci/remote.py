@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any, Self
 
 from diskmorph.formats.docker_registry import BlobCache, Repository, parse_reference
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from diskmorph.formats.docker_registry import Reference
     from diskmorph.formats.limits import Limits
 
+    Fetching = Callable[[int, int], None]
+
+_TELLING = 0.2  # seconds
 _AT_ONCE = 3  # transfers, as docker has it
 
 
@@ -28,14 +31,17 @@ class RegistryFiles(ImageFiles):
     """The files of an image in a registry, under the names that they have in a layout.
 
     Manifests and blobs come from the cache where it has them. When the first layer is opened all are fetched, a few at
-    once. Sizes are those of the descriptors seen so far; what none names is not opened.
+    once. Sizes are those of the descriptors seen so far; what none names is not opened. `on_fetch` is called from the
+    thread that opens a layer, with the bytes of all layers that are there and their sum, while it waits.
     """
 
-    def __init__(self, name: str, limits: Limits, cache: BlobCache | None = None) -> None:
+    def __init__(self, name: str, limits: Limits, on_fetch: Fetching | None = None) -> None:
         reference = parse_reference(name)
         super().__init__(str(reference), limits)
         self._repository = Repository(reference)
-        self._cache = cache or BlobCache.of_user()
+        self._cache = BlobCache.of_user()
+        self._on_fetch = on_fetch
+        self._there: dict[str, int] = {}
         self._sizes: dict[str, int] = {}
         self._manifests: set[str] = set()
         self._layers: list[str] = []
@@ -73,8 +79,18 @@ class RegistryFiles(ImageFiles):
             for one in self._layers if digest in self._layers else ():
                 self._start(one)
             self._start(digest)
-        source = self._opened[digest].result()
+        source = self._awaited(digest)
         return source.window(0, source.size, f"{self.name}: {name}")
+
+    def _awaited(self, digest: str) -> ByteSource:
+        future = self._opened[digest]
+        layers = set(self._layers)
+        finished = self._on_fetch is None or digest not in layers or future.done()
+        while self._on_fetch is not None and not finished:
+            wait((future,), timeout=_TELLING)
+            finished = future.done()
+            self._on_fetch(sum(self._there.get(one, 0) for one in layers), sum(self._sizes[one] for one in layers))
+        return future.result()
 
     def _start(self, digest: str) -> None:
         if digest not in self._opened:
@@ -84,11 +100,17 @@ class RegistryFiles(ImageFiles):
         size = self._sizes[digest]
         held = self._cache.find(digest)
         if held is not None:
+            self._there[digest] = size
             return held
         if digest in self._manifests:
             data = self._repository.manifest(digest, self.limits.descriptor).data
             return self._cache.store(digest, len(data), iter((data,)), self.name)
-        return self._cache.store(digest, size, self._repository.blob(digest, size), self.name)
+        return self._cache.store(digest, size, self._counted(digest, size), self.name)
+
+    def _counted(self, digest: str, size: int) -> Iterator[bytes]:
+        for chunk in self._repository.blob(digest, size):
+            self._there[digest] = self._there.get(digest, 0) + len(chunk)
+            yield chunk
 
     def has(self, name: str) -> bool:
         """See ImageFiles."""
@@ -135,6 +157,18 @@ class RegistryFiles(ImageFiles):
                 future.result().close()
         self._opened.clear()
         self._repository.close()
+
+
+def image_digest(name: str, limits: Limits) -> str:
+    """Return the digest that a name in a registry stands for now. Raises SourceError, IntegrityError, OptionError."""
+    reference = parse_reference(name)
+    if reference.digest:
+        return reference.digest
+    repository = Repository(reference)
+    try:
+        return repository.manifest(reference.wanted, limits.descriptor).digest
+    finally:
+        repository.close()
 
 
 def _media_type(found: Any, name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,6 +12,10 @@ from ocikit import Layout, folder, oci_layout, sha256, tricky_layers
 from registrykit import Proxy, Registry, Reply, Request, behind, content, proxy, put, skopeo
 from treekit import same, tar_entry, tar_file
 
+from diskmorph.convert.bridge import BuildOptions, extract
+from diskmorph.convert.fleet.expand import absolute, is_pattern
+from diskmorph.convert.fleet.identity import source_state
+from diskmorph.convert.fleet.rows import Row
 from diskmorph.formats.docker_registry import BlobCache
 from diskmorph.formats.errors import FormatError, IntegrityError, OptionError, SourceError, UnsupportedError
 
@@ -311,3 +316,35 @@ def test_no_server_is_told() -> None:
     found = dm("ls", f"docker://{host}/x")
     assert found.status != 0
     assert "cannot be reached" in found.err
+
+
+def test_fetching_is_told(tmp_path: Path, registry: Registry, image: str) -> None:
+    layer = tar_file(tar_entry("big", data("big", MIB)))
+    put(oci_layout(tmp_path / "layout", [layer], "none"), f"{image}:1")
+    said = []
+
+    def slowly(request: Request) -> None:
+        if sha256(layer) in request.path:
+            time.sleep(0.5)
+
+    with proxy(registry) as server:
+        server.rule = slowly
+        extract(behind(server, f"{image}:1"), tmp_path / "out.tar", on_progress=said.append)
+    fetched = [now for now in said if now.phase == "fetch"]
+    assert {now.total for now in fetched} == {len(layer)}
+    assert fetched[0].done == 0
+    assert fetched[-1].done == len(layer)
+    said.clear()
+    extract(f"{image}:1", tmp_path / "again.tar", on_progress=said.append)
+    assert said
+    assert [now.done for now in said if now.phase == "fetch"] in ([], [len(layer)])
+
+
+def test_a_fleet_knows_an_image_by_its_digest(tmp_path: Path, image: str) -> None:
+    layout = oci_layout(tmp_path / "layout", [small()])
+    put(layout, f"{image}:1")
+    digest = json.loads(skopeo("inspect", "--tls-verify=false", f"{image}:1"))["Digest"]
+    row = Row(1, "build", f"{image}:1", str(tmp_path / "out.qcow2"), BuildOptions())
+    assert source_state(row) == [digest]
+    assert absolute(f"{image}:1", tmp_path) == f"{image}:1"
+    assert not is_pattern("docker://[::1]:5000/app")
