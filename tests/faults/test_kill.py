@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import random
@@ -181,12 +182,24 @@ def dying(folder: Path, target: Any, call: str, nth: int, *, after: bool) -> Non
     convert(folder, target, None)
 
 
+def writes_into(pid: int, folder: Path) -> bool:
+    """Whether a process has a file without a name, or a hidden one, open in a folder."""
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            name = os.readlink(link)
+            if name.startswith((f"{folder}/.", f"{folder}/#")):
+                return True
+    return False
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_nothing(number: int, tmp_path: Path) -> None:
     (tmp_path / "in.raw").write_bytes(data("kill", 16 * MIB))
     words = ["convert", "-q", "-f", "raw", "--rate", "16M", tmp_path / "in.raw", tmp_path / "out.qcow2"]
     child = subprocess.Popen([sys.executable, "-m", "diskmorph", *words])
-    time.sleep(1)
+    end = time.monotonic() + 60
+    while time.monotonic() < end and not writes_into(child.pid, tmp_path):
+        time.sleep(0.01)
     child.send_signal(number)
     assert child.wait(10) == {signal.SIGINT: 130, signal.SIGTERM: 143}[signal.Signals(number)]
     assert [p.name for p in tmp_path.iterdir()] == ["in.raw"]
