@@ -59,7 +59,12 @@ def check_image(source: ByteSource, context: OpenContext, repair: str | None = N
                 report.add("extent", error.offset, f"{line.name}: {error}")
                 continue
             name = "" if number == 0 else f"{opening.files[number].name}: "
+            before = report.corruptions
             _check_extent(report, extent, name, repair if number == 0 else None)
+            if repair and number and report.corruptions > before:
+                report.add(
+                    "extent", None, f"{name}a file of its own: mend it by `check --repair {repair}` on it", WARNING
+                )
     finally:
         for opened in opening.files[1:]:
             opened.close()

@@ -6,6 +6,7 @@ import pytest
 import vmdkmade
 from vmdkmade import ZEROED, Hosted, Stream
 
+import diskmorph
 from diskmorph.formats.check import ERROR, LEAK, WARNING
 from diskmorph.formats.errors import FormatError, UnsupportedError
 from diskmorph.formats.registry import OpenContext, load, open_disk, require_format
@@ -315,3 +316,18 @@ class TestEsx:
         table = struct.unpack_from("<Q", wide, 18 * 8)[0] * 512
         report = check(put(tmp_path / "x.vmdk", patched(wide, (table + 8, struct.pack("<Q", 7 << 60)))))
         assert report.corruptions == 1
+
+
+def test_an_extent_of_a_split_disk_is_mended_by_itself(tmp_path):
+    """`check --repair` of the descriptor says so, and mends nothing; that of the extent does."""
+    (tmp_path / "a.raw").write_bytes(data("split", 3 * MIB))
+    options = diskmorph.ConvertOptions(format_options={"subformat": "twoGbMaxExtentSparse"})
+    diskmorph.convert(tmp_path / "a.raw", tmp_path / "a.vmdk", options=options)
+    extent = tmp_path / "a-s001.vmdk"
+    sound = extent.read_bytes()
+    directory = int.from_bytes(sound[56:64], "little") * 512
+    extent.write_bytes(sound[:directory] + b"\xff" * 16 + sound[directory + 16 :])
+    told = diskmorph.check(tmp_path / "a.vmdk", repair="all")
+    assert any("a-s001.vmdk" in finding["message"] and "--repair" in finding["message"] for finding in told.findings)
+    assert diskmorph.check(extent, repair="all").clean
+    assert extent.read_bytes() == sound
