@@ -326,7 +326,7 @@ def test_an_extent_of_a_split_disk_is_mended_by_itself(tmp_path):
     extent = tmp_path / "a-s001.vmdk"
     sound = extent.read_bytes()
     directory = int.from_bytes(sound[56:64], "little") * 512
-    extent.write_bytes(sound[:directory] + b"\xff" * 16 + sound[directory + 16 :])
+    extent.write_bytes(sound[:directory] + b"\xff" * 4 + sound[directory + 4 :])
     told = diskmorph.check(tmp_path / "a.vmdk", repair="all")
     assert any("a-s001.vmdk" in finding["message"] and "--repair" in finding["message"] for finding in told.findings)
     assert diskmorph.check(extent, repair="all").clean
