@@ -23,11 +23,13 @@ from diskmorph.formats.marks import attach
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from diskmorph.formats.source import ByteSource
     from diskmorph.formats.tree import Node, Piece, Tree
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _STEP = 1 << 20
+_SPARSE = 64 << 10  # bytes from which on holes are looked for
 _REFUSED = frozenset((errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS))
 
 
@@ -231,22 +233,29 @@ class _Writer:
 
 
 def _copy(piece: Piece, fd: int) -> None:
-    """Copy a piece to its place in the open file `fd`."""
+    """Copy a piece to its place in the open, empty file `fd`; holes in what holds it stay holes."""
+    if piece.length < _SPARSE or piece.offset + piece.length > piece.source.size:  # the latter is refused when read
+        _copy_range(piece.source, piece.offset, fd, piece.start, piece.length)
+        return
+    for at, length, allocated in piece.source.runs(piece.offset, piece.offset + piece.length):
+        if allocated:
+            _copy_range(piece.source, at, fd, piece.start + at - piece.offset, length)
+
+
+def _copy_range(source: ByteSource, offset: int, fd: int, to: int, length: int) -> None:
     done = 0
-    with piece.source.descriptor() as lent:
-        if lent is not None and piece.length >= _STEP:
+    with source.descriptor() as lent:
+        if lent is not None and length >= _STEP:
             with contextlib.suppress(OSError):
-                while done < piece.length:
-                    count = os.copy_file_range(
-                        lent[0], fd, piece.length - done, lent[1] + piece.offset + done, piece.start + done
-                    )
+                while done < length:
+                    count = os.copy_file_range(lent[0], fd, length - done, lent[1] + offset + done, to + done)
                     if not count:
                         break
                     done += count
-    while done < piece.length:
-        data = piece.source.read(piece.offset + done, min(_STEP, piece.length - done))
+    while done < length:
+        data = source.read(offset + done, min(_STEP, length - done))
         view = memoryview(data)
-        at = piece.start + done
+        at = to + done
         while view:
             count = os.pwrite(fd, view, at)
             at, view = at + count, view[count:]

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 from treekit import put, same, sample_tree, snapshot, told
 
+import diskmorph
 from diskmorph.formats.directory import DirectoryTarget, read_directory
 from diskmorph.formats.errors import FormatError, IntegrityError, SourceError, TargetError
-from diskmorph.formats.source import BytesSource
+from diskmorph.formats.source import BytesSource, FileSource
 from diskmorph.formats.tree import Node, Piece, Tree, dir_node, file_node, link_node
+from diskmorph.formats.trees import open_tree
 
 NOBODY = ("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", "--inh-caps=-all")
 
@@ -174,3 +176,26 @@ print(lost)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "['devices of 2 files', 'owners of 2 files']"
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"a"}
+
+
+def test_holes_in_what_holds_a_file_stay_holes(tmp_path: Path) -> None:
+    """An ISO of a sparse file is sparse; so is what is taken out of it. A kernel may copy holes as data."""
+    (tmp_path / "in").mkdir()
+    with (tmp_path / "in/big").open("wb") as file:
+        file.write(b"begin")
+        file.truncate(64 << 20)
+    diskmorph.convert(tmp_path / "in", tmp_path / "x.iso")
+    with open_tree(tmp_path / "x.iso") as tree:
+        write(tree, tmp_path / "out")
+    assert (tmp_path / "out/big").read_bytes() == (tmp_path / "in/big").read_bytes()
+    assert (tmp_path / "out/big").stat().st_blocks * 512 < 1 << 20
+
+
+def test_a_piece_beyond_its_source_is_refused(tmp_path: Path) -> None:
+    """Behind a file's end there is no hole."""
+    (tmp_path / "short").write_bytes(bytes(4096))
+    root = dir_node()
+    with FileSource(tmp_path / "short") as source:
+        root.children[b"x"] = Node(0o100644, size=1 << 20, pieces=(Piece(0, 1 << 20, source, 0),))
+        with pytest.raises(FormatError, match="truncated"):
+            write(Tree(root), tmp_path / "out")
