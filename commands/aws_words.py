@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 _NOTHING = argparse.SUPPRESS
 
 
-def add_common(parser: argparse.ArgumentParser, *, progress: bool = True) -> None:
-    """Add output words to one of the verbs under `aws`; unsaid ones leave what was said before the verb."""
+def add_common(parser: argparse.ArgumentParser, *, progress: bool = True, manual: str = "docs/aws.md") -> None:
+    """Add output words to a verb below a verb; unsaid ones leave what was said before it."""
     group = parser.add_argument_group("output")
-    group.add_argument("--json", action="store_true", default=_NOTHING, help="print one JSON object (docs/aws.md)")
+    group.add_argument("--json", action="store_true", default=_NOTHING, help=f"print one JSON object ({manual})")
     group.add_argument(
         "-q", "--quiet", action="store_true", default=_NOTHING, help="say nothing but results and errors"
     )

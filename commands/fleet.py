@@ -25,8 +25,8 @@ _PLAN = (
 _RUN = (
     ("diskmorph fleet run move.toml", "a process a core; said again, it goes on"),
     ("diskmorph fleet run move.toml --scheduler tcp://10.0.0.1:8786 --per-host 4", "on a running cluster"),
-    ("diskmorph fleet run move.toml --report fleet.html", "with a page that sums it up"),
-    ("diskmorph fleet run move.toml --split 64G", "large disks into raw files by ranges"),
+    ("diskmorph fleet run move.toml --report fleet.html", "with a page of times and failures"),
+    ("diskmorph fleet run move.toml --split 64G", "large disks by ranges, each done by any worker"),
 )
 
 EXAMPLES = (*_PLAN, *_RUN)
@@ -56,19 +56,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     plan = verb("plan", "tell what a run would do, and what would fail; nothing is written", _PLAN)
     plan.add_argument("--exact", action="store_true", help="read every source, so that sizes are exact")
     _add_cluster(plan)
-    add_common(plan)
+    add_common(plan, manual="docs/json.md")
     run = verb("run", "do every row of a plan that is not done", _RUN)
     group = run.add_argument_group("run")
     group.add_argument("--ledger", metavar="FILE", help="what became of each row (default: PLAN.ledger.jsonl)")
     group.add_argument("--report", metavar="FILE.html", help="a page with a table, times and failures")
     group.add_argument("--no-digest", action="store_true", help="leave out the SHA-256 of every disk")
-    group.add_argument("--split", metavar="SIZE", help="disks of this size and more go into raw files by ranges")
+    group.add_argument(
+        "--split",
+        metavar="SIZE",
+        help="disks of this size and more go by ranges where targets take them",
+    )
     group.add_argument("--part", metavar="SIZE", default="1G", help="the size of a range (default: 1G)")
     _add_cluster(run)
     group.add_argument(
         "--retries", type=int, default=2, metavar="N", help="further tries of what may pass (default: 2)"
     )
-    add_common(run)
+    add_common(run, manual="docs/json.md")
 
 
 def _add_cluster(parser: argparse.ArgumentParser) -> None:

@@ -22,6 +22,8 @@ class Show:
 
     def __init__(self, out: Output) -> None:
         self._out = out
+        self.told: set[int] = set()
+        """Rows whose failure a person has seen already."""
 
     def progress(self, now: FleetProgress) -> None:
         """Take note of how far the fleet is."""
@@ -58,6 +60,7 @@ class _Bar(Show):
     def result(self, result: Result) -> None:
         if self._out.verbose or result.status == "failed":
             self._out.stderr.write(f"\r\x1b[K{printable(row_line(result))}\n")
+            self.told.add(result.number)
 
     def close(self) -> None:
         self._out.stderr.write("\r\x1b[K")
@@ -81,8 +84,11 @@ def fleet_progress(out: Output) -> Iterator[Show]:
 
 def row_line(result: Result) -> str:
     """Return one line on a row that has ended."""
-    end = f": {(result.error or {}).get('message')}" if result.error else f" in {result.seconds:.1f} s"
-    return f"row {result.number}: {result.source}: {result.status}{end}"
+    if result.error is None:
+        return f"row {result.number}: {result.source}: {result.status} in {result.seconds:.1f} s"
+    message = str(result.error.get("message"))
+    named = "" if message.startswith(result.source) else f"{result.source}: "
+    return f"row {result.number}: failed: {named}{message}"
 
 
 def bar_text(now: FleetProgress, width: int) -> str:

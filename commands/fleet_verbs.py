@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import secrets
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diskmorph.commands.common import size_of
+from diskmorph.commands.fleet_progress import fleet_progress, row_line
 from diskmorph.commands.fleet_words import rows_of
 from diskmorph.commands.text import duration_text, size_text, table
 
@@ -16,10 +18,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from diskmorph.commands.output import Output
-    from diskmorph.convert.fleet import ClusterOptions, Result, Row, RunOptions, Summary
+    from diskmorph.convert.fleet import ClusterOptions, Row, RunOptions, Summary
     from diskmorph.convert.fleet.foresee import Foreseen
 
 _NO = 3
+_MOST_LINES = 50
+"""Failures that are told one by one; the ledger has all."""
 
 
 def run_plan(args: argparse.Namespace, out: Output) -> int:
@@ -49,7 +53,6 @@ def run_plan(args: argparse.Namespace, out: Output) -> int:
 
 def run_run(args: argparse.Namespace, out: Output) -> int:
     """`fleet run`: status 1 where a row failed."""
-    from diskmorph.commands.fleet_progress import fleet_progress
     from diskmorph.convert.fleet import Ledger, run_fleet
 
     run, cluster = _run_options(args), _cluster(args)
@@ -59,7 +62,7 @@ def run_run(args: argparse.Namespace, out: Output) -> int:
         _require_page(Path(args.report))
     with Ledger(path) as ledger:
         ledger.begin(run.run, args.plan, len(rows))
-        with fleet_progress(out) as show:
+        with _ends_told(out, path), fleet_progress(out) as show:
             summary = run_fleet(
                 rows,
                 run,
@@ -67,15 +70,37 @@ def run_run(args: argparse.Namespace, out: Output) -> int:
                 ledger,
                 on_result=show.result,
                 on_progress=show.progress,
-                on_connected=lambda client: out.detail(f"Dask's dashboard: {client.dashboard_link}"),
+                on_connected=lambda client: _tell_dashboard(out, client.dashboard_link, local=args.scheduler is None),
             )
         ledger.end(run.run, summary.counts())
     if args.report:
         from diskmorph.convert.fleet.report import write_report
 
         write_report(summary, args.plan, Path(args.report))
-    out.report(_summed(args, summary, path), _run_lines(summary, out, path))
+    out.report(_summed(args, summary, path), _run_lines(summary, out, path, show.told))
     return 1 if summary.counts()["failed"] else 0
+
+
+@contextmanager
+def _ends_told(out: Output, ledger: Path) -> Iterator[None]:
+    """Tell how to go on when a run is broken off."""
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException:
+        out.note(f"{ledger} has the rows that ended; say it again to go on")
+        raise
+
+
+def _tell_dashboard(out: Output, link: str, *, local: bool) -> None:
+    """Tell where Dask shows what it does; on this machine only where Bokeh, which draws it, is there."""
+    import importlib.util
+
+    if not local or importlib.util.find_spec("bokeh") is not None:
+        out.note(f"Dask's dashboard: {link}")
+    else:
+        out.detail("Dask's dashboard needs Bokeh: pip install bokeh")
 
 
 def _rows(args: argparse.Namespace) -> list[Row]:
@@ -175,10 +200,12 @@ def _summed(args: argparse.Namespace, summary: Summary, ledger: Path) -> dict[st
     }
 
 
-def _run_lines(summary: Summary, out: Output, ledger: Path) -> Iterator[str]:
-    failures = [result for result in summary.results if result.status == "failed"]
-    for result in failures:
-        yield _failure(result)
+def _run_lines(summary: Summary, out: Output, ledger: Path, told: set[int]) -> Iterator[str]:
+    failures = [one for one in summary.results if one.status == "failed" and one.number not in told]
+    for result in failures[:_MOST_LINES]:
+        yield row_line(result)
+    if len(failures) > _MOST_LINES:
+        yield f"and {len(failures) - _MOST_LINES} more failures"
     if out.verbose:
         for result in summary.results:
             for loss in result.lost:
@@ -188,8 +215,3 @@ def _run_lines(summary: Summary, out: Output, ledger: Path) -> Iterator[str]:
         f"{counts['done']} done, {counts['skipped']} done before, {counts['failed']} failed; "
         f"{size_text(summary.bytes())} in {duration_text(summary.seconds)}; {ledger} has every row"
     )
-
-
-def _failure(result: Result) -> str:
-    message = (result.error or {}).get("message", "")
-    return f"row {result.number}: {result.source}: failed: {message}"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +65,8 @@ def connected(options: ClusterOptions) -> Iterator[Any]:
         where: Any = options.scheduler
         if where is None:
             where = stack.enter_context(_local(options))
+        else:
+            _require_scheduler(where, options.patience)
         try:
             client = Client(where, timeout=options.patience, set_as_default=False)
         except (OSError, ValueError) as error:
@@ -72,6 +76,32 @@ def connected(options: ClusterOptions) -> Iterator[Any]:
         finally:
             with contextlib.suppress(Exception):
                 client.close(timeout=5)
+
+
+def _require_scheduler(address: str, patience: float) -> None:
+    """Raise FleetError where nothing at an address speaks as Dask does; a Client that fails would linger, and talk."""
+    import asyncio  # noqa: PLC0415
+
+    from distributed.core import connect  # noqa: PLC0415
+    from distributed.security import Security  # noqa: PLC0415
+
+    async def greet() -> None:
+        words = Security().get_connection_args("client")
+        # Dask's own timeout does not hold for the greeting, for which a stranger may let it wait.
+        comm = await asyncio.wait_for(connect(address, timeout=patience, **words), patience + 1)
+        await comm.close()
+
+    hint = "tcp://HOST:PORT, as `dask scheduler` says when it starts; TLS is set up in Dask's own configuration"
+    try:
+        asyncio.run(greet())
+    except TimeoutError as error:
+        raise FleetError("what is there does not answer as a Dask scheduler does", file=address, hint=hint) from error
+    except OSError as error:
+        raise FleetError(f"the scheduler cannot be reached: {error}", file=address) from error
+    except (ValueError, TypeError) as error:
+        raise FleetError(f"this is no scheduler's address: {error}", file=address, hint=hint) from error
+    except Exception as error:  # whatever a stranger's answer brings about in Dask, even MemoryError
+        raise FleetError("what is there does not answer as a Dask scheduler does", file=address, hint=hint) from error
 
 
 @contextlib.contextmanager
@@ -86,28 +116,41 @@ def _local(options: ClusterOptions) -> Iterator[Any]:
     if options.per_host is not None:
         count = min(count, options.per_host)
     words = {"distributed.scheduler.allowed-failures": _DEATHS, "distributed.worker.profile.enabled": False}
-    with (
-        dask.config.set(words),
-        LocalCluster(
-            n_workers=count,
-            threads_per_worker=1,
-            processes=True,
-            dashboard_address="127.0.0.1:0",
-            silence_logs=logging.CRITICAL,
-        ) as cluster,
-    ):
+    with dask.config.set(words), contextlib.ExitStack() as stack:
+        with _deaf():
+            cluster = LocalCluster(
+                n_workers=count,
+                threads_per_worker=1,
+                processes=True,
+                dashboard_address="127.0.0.1:0",
+                silence_logs=logging.CRITICAL,
+            )
+            stack.enter_context(cluster)
         yield cluster
 
 
-def prepare(client: Any) -> None:
-    """Let every worker, those to come as well, be ready for rows.
+@contextlib.contextmanager
+def _deaf() -> Iterator[None]:
+    """Let processes that are started meanwhile not heed Ctrl-C, which a terminal sends to all: this one ends them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, heard)
+
+
+def prepare(client: Any, *, local: bool) -> None:
+    """Let every worker, those to come as well, be ready for rows; `local`: they are this process's own.
 
     Raises FleetError where one is not fit, OSError where the scheduler is lost.
     """
     from diskmorph.convert.fleet.plugin import FleetPlugin  # noqa: PLC0415 - derives from Dask's class
 
     try:
-        client.register_plugin(FleetPlugin(__version__), name=PLUGIN)
+        client.register_plugin(FleetPlugin(__version__, local=local), name=PLUGIN)
     except OSError:
         raise
     except Exception as error:

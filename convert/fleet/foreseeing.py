@@ -33,6 +33,7 @@ def foresee_all(
         return found
     with connected(cluster) as client:
         try:
+            prepare(client, local=cluster.scheduler is None)
             return _on_cluster(client, rows, run, exact, tell)
         finally:
             if cluster.scheduler is not None:
@@ -48,7 +49,6 @@ def _on_cluster(
 ) -> list[Foreseen]:
     from distributed import as_completed  # noqa: PLC0415 - an extra, and heavy
 
-    prepare(client)
     count = len(rows)
     keys = [f"plan-{run.run}-{row.number}" for row in rows]
     futures = client.map(foresee, rows, [run] * count, [exact] * count, key=keys, pure=False)

@@ -97,15 +97,15 @@ def _perform(row: Row, run: RunOptions, known: dict[str, Any]) -> Result | Split
     split = split_of(row, run, token)
     if split is not None:
         return split
-    remove_remains(target, token)
     try:
-        with marks.marked(mark(token, run.run)):
-            report = _converted(row, run)
+        report = _marked(row, run, token)
     except TargetError:
         now = standing(target, token)  # another try of this row may have been faster
         if now.state == OURS:
             return _found(row, run, token, now, known)
-        raise
+        if now.state != ABSENT or not remove_remains(target, token):
+            raise
+        report = _marked(row, run, token)
     return told(row, run, token, report)
 
 
@@ -193,6 +193,11 @@ def _file_digest(row: Row) -> tuple[str | None, str]:
 
 
 # --- the work
+
+
+def _marked(row: Row, run: RunOptions, token: str) -> ConvertReport:
+    with marks.marked(mark(token, run.run)):
+        return _converted(row, run)
 
 
 def _convert_options(row: Row) -> ConvertOptions:

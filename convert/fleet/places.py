@@ -67,7 +67,8 @@ def keep_report(target: str, token: str, run: str, report: dict[str, Any]) -> No
 def remove_remains(target: str, token: str) -> bool:
     """Remove files beside an absent target that an earlier try of this row named: its other members.
 
-    The describing file is named last, so nothing refers to them. Return whether there were any.
+    The describing file is named last, so nothing refers to them. Return whether there were any. It reads the whole
+    folder, so it is for rows that found something in their way.
     """
     path = path_of(target)
     if target.startswith("s3://") or os.path.lexists(path):

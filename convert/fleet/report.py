@@ -93,11 +93,11 @@ def _row(result: Result) -> str:
     cells = [
         f'<td class="n" data-v="{result.number}">{result.number}</td>',
         f'<td class="{result.status}">{result.status}</td>',
-        f"<td>{_text(result.source)}</td>",
-        f"<td>{_text(result.target or result.snapshot_id or '')}</td>",
+        f'<td class="name">{_text(result.source)}</td>',
+        f'<td class="name">{_text(result.target or result.snapshot_id or "")}</td>',
         *(f'<td class="n" data-v="{-1 if value is None else value}">{text}</td>' for value, text in numbers),
-        f"<td><code>{_text((result.digest or '')[:16])}</code></td>",
-        f"<td>{_text('; '.join([*wrong, *result.lost]))}</td>",
+        f'<td><code title="{_text(result.digest or "")}">{_text((result.digest or "")[:16])}</code></td>',
+        f'<td class="said">{_text("; ".join([*wrong, *result.lost]))}</td>',
     ]
     return f'<tr data-status="{result.status}">{"".join(cells)}</tr>'
 
@@ -113,7 +113,8 @@ def _failures(results: Sequence[Result]) -> str:
     if not kinds:
         return '<p id="failures">None.</p>'
     rows = "".join(
-        f'<tr><td class="failed">{_text(kind)}</td><td class="n">{count}</td><td>{_text(example[kind])}</td></tr>'
+        f'<tr><td class="failed">{_text(kind)}</td><td class="n">{count}</td>'
+        f'<td class="said">{_text(example[kind])}</td></tr>'
         for kind, count in kinds.most_common()
     )
     head = '<tr><th>Kind</th><th class="n">Rows</th><th>The first of them</th></tr>'

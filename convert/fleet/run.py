@@ -155,7 +155,7 @@ class _Course:
 
         self._round += 1
         self._tasks.clear()
-        prepare(self._client)
+        prepare(self._client, local=self._cluster.scheduler is None)
         self._client.subscribe_topic(TOPIC, self._heard)
         self.workers = len(self._client.nthreads())
         self._ended = as_completed([], loop=self._client.loop)

@@ -98,7 +98,7 @@ class Cluster:
 
 def start(*words: Any) -> subprocess.Popen[str]:
     line = [sys.executable, "-m", "diskmorph", "fleet", "run", *map(str, words)]
-    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def ended(path: Path) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from clikit import dm
+from clikit import dm, documented
 from fleet.kit import Cluster, all_equal, ended, ledger_lines, once_each, plan, slow, start, wait_for
 
 from diskmorph.convert.fleet import parse_plan
@@ -102,6 +102,55 @@ def in_chromium(page: Path, rows: int) -> None:
     shot = page.with_suffix(".png")
     run(*words, f"--screenshot={shot}", f"file://{page}")
     assert shot.read_bytes().startswith(b"\x89PNG") and shot.stat().st_size > 5000
+
+
+def test_json_is_as_documented(vms: Path, tmp_path: Path) -> None:
+    shown = documented()
+    (tmp_path / "out").mkdir()
+    for verb in ("plan", "run"):
+        path = plan(tmp_path, f"{vms}/vm00[0-3]*", "out/{stem}.qcow2")
+        with path.open("a") as file:
+            file.write(json.dumps({"source": "none", "target": "x.raw"}) + "\n")
+        table = shown[f"fleet {verb}"]
+        said = dm("fleet", verb, path, "--json").json
+        told = {f"rows.{key}" for key in said.pop("rows")} | set(said)
+        told |= {f"results[].{key}" for row in said["results"] for key in row}
+        listed = {key for key in table if not key.endswith("[]") and not key.startswith("shortfalls[]")}
+        assert told == listed
+
+
+def test_a_broken_off_run_tells_how_to_go_on(vms: Path, tmp_path: Path) -> None:
+    path = slow(vms, tmp_path)
+    running = start(path, "--workers", "2")
+    wait_for(lambda: ended(path.with_name("plan.jsonl.ledger.jsonl")) >= 1)
+    os.killpg(running.pid, signal.SIGINT)  # as a terminal does: to the workers, too
+    _, err = running.communicate(timeout=60)
+    assert running.returncode == 130 and "say it again" in err and "Traceback" not in err, err
+    assert not [one for one in (tmp_path / "out").iterdir() if one.suffix != ".qcow2"], "nothing half done"
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("tcp://127.0.0.1:1", "cannot be reached"),
+        ("nonsense", "no scheduler's address"),
+        ("stranger", "does not answer"),
+    ],
+)
+def test_no_such_cluster(address: str, said: str, vms: Path, tmp_path: Path) -> None:
+    import http.server
+    import threading
+
+    (tmp_path / "out").mkdir()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:
+        server.daemon_threads = True  # a stranger may keep its connection
+        server.block_on_close = False
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"tcp://127.0.0.1:{server.server_port}" if address == "stranger" else address
+        path = plan(tmp_path, f"{vms}/vm000*", "out/{stem}.qcow2")
+        answer = dm("fleet", "run", path, "--scheduler", url, "--patience", "1", "--json")
+        server.shutdown()
+    assert answer.status == 1 and answer.json["error"]["kind"] == "fleet" and said in answer.err, answer.err
 
 
 def test_a_hostile_name_stays_text(tmp_path: Path) -> None:
