@@ -50,8 +50,8 @@ class DmgDisk(ImageDisk):
         self.identity = {}
         self.rows = _in_order(self.tables, self.trailer, self.size)
         encoded = self.rows[self.rows["codec"] != PLAIN]
-        self._require_places(limits)
         self._by_offset = encoded[np.argsort(encoded["offset"], kind="stable")]
+        self._require_places(limits)
         self._largest = int(encoded["length"].max()) if len(encoded) else 0
         self._lock = threading.Lock()
         self._units: OrderedDict[int, _Unit] = OrderedDict()
@@ -116,6 +116,10 @@ class DmgDisk(ImageDisk):
         most = limits.decoded_unit
         self._refuse(data, packed & (data["length"] > most), f"at most {most} bytes", "is too large")
         self._refuse(data, packed & (data["stored"] == 0), "compressed data", "holds nothing")
+        same = self._by_offset["offset"][1:] == self._by_offset["offset"][:-1]
+        for name in ("length", "codec", "stored"):
+            other = self._by_offset[name][1:] != self._by_offset[name][:-1]
+            self._refuse(self._by_offset[1:], same & other, "one chunk at one place", "lies where another one does")
 
     def _stored(self, data: NDArray[np.void]) -> NDArray[np.uint64]:
         """Return how many bytes of the file each DATA row takes."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import plistlib
+import re
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
-from xml.parsers.expat import ExpatError
+from xml.parsers import expat
 
 import numpy as np
 from construct import ConstructError
@@ -23,8 +25,13 @@ if TYPE_CHECKING:
 
 MOST_XML = 16 << 20
 """Bytes of a property list: some 300,000 chunks, at their usual size a disk of 70 to 300 GB."""
+MOST_ELEMENTS = 100_000
+"""Of a property list: a partition's table takes a dozen."""
+MOST_ATTRIBUTES = 1000
+"""Of all elements together: lists have one. Expat takes minutes over an element with a million."""
+_ATTRIBUTE = re.compile(rb"=\s*[\"']")
 MOST_SECTORS = 1 << 54
-_FAULTS = (ExpatError, ValueError, TypeError, AttributeError, LookupError, OverflowError)
+_FAULTS = (expat.ExpatError, ValueError, TypeError, AttributeError, LookupError, OverflowError)
 """What plistlib raises of damaged lists. Entities it refuses (ValueError)."""
 
 
@@ -134,6 +141,32 @@ def _too_large(structure: str, offset: int, most: int, found: int) -> FormatErro
     )
 
 
+def _require_modest(raw: bytes, limits: Limits) -> None:
+    """Raise ValueError where the list's elements, not only its bytes, would cost too much; entities are refused too."""
+    if (b"encoding" in (head := raw[:256].lower().partition(b"?>")[0]) and b"utf-8" not in head) or b"\0" in raw:
+        raise ValueError("only UTF-8 is read")
+    if len(list(islice(_ATTRIBUTE.finditer(raw), MOST_ATTRIBUTES + 1))) > MOST_ATTRIBUTES:
+        raise ValueError(f"more than {MOST_ATTRIBUTES} attributes")
+    depth = count = 0
+
+    def begin(_name: str, _attributes: Any) -> None:
+        nonlocal depth, count
+        depth, count = depth + 1, count + 1
+        if depth > limits.xml_depth or count > MOST_ELEMENTS:
+            raise ValueError(f"more than {MOST_ELEMENTS} elements, or {limits.xml_depth} inside each other")
+
+    def end(_name: str) -> None:
+        nonlocal depth
+        depth -= 1
+
+    def refuse(*_: Any) -> None:
+        raise ValueError("entities are not allowed")
+
+    parser = expat.ParserCreate()
+    parser.StartElementHandler, parser.EndElementHandler, parser.EntityDeclHandler = begin, end, refuse
+    parser.Parse(raw, True)
+
+
 def _of_list(source: ByteSource, trailer: Any, limits: Limits) -> Iterator[Table]:
     place, length = trailer.xml_offset, trailer.xml_length
     most = min(MOST_XML, limits.resident_table)
@@ -141,6 +174,7 @@ def _of_list(source: ByteSource, trailer: Any, limits: Limits) -> Iterator[Table
         raise _too_large("property list", place, most, length)
     raw = source.read(place, length)
     try:
+        _require_modest(raw, limits)
         found = plistlib.loads(raw, fmt=plistlib.FMT_XML)["resource-fork"]["blkx"]
         blocks = [(str(block.get("CFName") or block.get("Name") or ""), block["Data"]) for block in found]
     except _FAULTS as error:

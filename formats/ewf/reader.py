@@ -130,13 +130,22 @@ class EwfDisk(ImageDisk):
 
     def decode_unit(self, file: int, offset: int, stored: int, codec: int, least: int) -> bytes:
         """See Disk: the last chunk is as long as the disk leaves it."""
-        del least
         length = self.chunk
         if self.size % self.chunk:
             if self._last is None:
                 row = self.rows(len(self.contents.tables) - 1)[-1]
                 self._last = int(row["file"]), int(row["offset"])
             length = self.size % self.chunk if (file, offset) == self._last else length
+        if least > length:  # two tables name the last chunk
+            raise FormatError(
+                "the disk's last chunk is also another one",
+                file=self.files[file].name,
+                format=self.format,
+                structure="section table",
+                offset=offset,
+                expected=f"{length} bytes",
+                found=f"{least} bytes",
+            )
         try:
             return decode(codec, self.files[file].read_upto(offset, stored), length)
         except DiskmorphError as error:

@@ -156,6 +156,24 @@ def test_a_damaged_chunk_is_refused(field: int, value: int, found: str, tmp_path
     assert refused(tmp_path / "d.dmg").structure == found
 
 
+def test_chunks_that_share_a_place_are_alike(tmp_path: Path) -> None:
+    """Chunk 1 and 3 are the same bytes: that they lie at one place is only of note, their lengths must agree."""
+    unit = made.text(1, 4 * KIB)
+
+    def change(sectors: int):
+        def edit(_number: int, rows: list) -> None:
+            rows[4] = (*rows[4][:3], sectors, rows[2][4], rows[2][5])
+
+        return edit
+
+    table = [Part("a", [(RAW, data(1, SECTOR)), (ZLIB, unit), (RAW, data(2, SECTOR)), (ZLIB, unit)])]
+    want = udif(tmp_path / "d.dmg", table, change=change(8))
+    assert content(opened(tmp_path / "d.dmg")) == want
+    assert not check(tmp_path / "d.dmg").clean
+    udif(tmp_path / "d.dmg", table, change=change(7), sectors=1 + 8 + 1 + 7)
+    assert "lies where another one does" in str(refused(tmp_path / "d.dmg"))
+
+
 def test_chunks_of_an_unknown_kind_are_refused_by_name(tmp_path: Path) -> None:
     udif(tmp_path / "d.dmg", parts(ZLIB), change=_edit(2, 0, 0x80000009))
     assert "0x80000009" in str(refused(tmp_path / "d.dmg", UnsupportedError))
@@ -221,6 +239,12 @@ ENTITIES = b'<!DOCTYPE plist [<!ENTITY a "aaaaaaaaaa">' + b"".join(
         lambda x: b"\xff\xfe" + x,
         lambda x: x.replace(b"<dict>", b"<array>", 1).replace(b"</dict>\n</plist>", b"</array>\n</plist>"),
         lambda x: b"<plist><date>never</date></plist>",
+        lambda x: x.replace(b"<array>", b"<array>" + b"<true/>" * 200_000, 1),
+        lambda x: x.replace(
+            b"<array>", b"<array>" + b"<true " + b" ".join(b"a%d='>'" % i for i in range(200_000)) + b"/>"
+        ),
+        lambda x: x.replace(b"UTF-8", b"cp037"),
+        lambda x: x.decode().encode("utf-16"),
     ],
 )
 def test_a_damaged_property_list_is_refused(xml, tmp_path: Path) -> None:

@@ -277,6 +277,21 @@ def test_a_table_with_too_many_entries_is_refused(image: Path) -> None:
     assert refused(image).field == "entries"
 
 
+def test_two_tables_that_name_the_last_chunk_are_refused(tmp_path: Path) -> None:
+    class Twice(Made):
+        def _table(self, out, first, chunks):
+            if first:
+                return
+            at = len(out) + 76
+            out.extend(section(b"sectors", len(out), zlib.compress(self.chunks[-1])))
+            for _ in range(2):
+                body = sealed(struct.pack("<I20x", 1)[:20]) + sealed(struct.pack("<I", at | 1 << 31))
+                out.extend(section(b"table", len(out), body))
+
+    path = Twice(disk(4 * KIB + 512), per_table=1).write(tmp_path / "d.E01")
+    assert "also another one" in str(refused(path))
+
+
 def test_damaged_chunks_are_refused_and_found(image: Path) -> None:
     rows = np.concatenate(list(open_disk(image).extents()))
     packed, plain = rows[rows["codec"] != 0][1], rows[rows["codec"] == 0][0]
