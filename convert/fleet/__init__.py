@@ -7,7 +7,8 @@ from diskmorph.convert.fleet.expand import Draft, expand
 from diskmorph.convert.fleet.ledger import Ledger, read_ledger
 from diskmorph.convert.fleet.plan_file import Entry, PlanFile, parse_plan, read_plan
 from diskmorph.convert.fleet.rows import FleetError, Result, Row, RunOptions, SnapshotOptions, failed, fault_of
-from diskmorph.convert.fleet.run import FleetProgress, Summary, run_fleet
+from diskmorph.convert.fleet.run import run_fleet
+from diskmorph.convert.fleet.summary import FleetProgress, Summary
 
 __all__ = [
     "ClusterOptions",

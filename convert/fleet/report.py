@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from diskmorph.convert.fleet.rows import Result
-    from diskmorph.convert.fleet.run import Summary
+    from diskmorph.convert.fleet.summary import Summary
 
 _BINS = 24
 _WIDTH, _HEIGHT, _LEFT, _BELOW = 720, 200, 44, 34

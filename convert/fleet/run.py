@@ -7,12 +7,13 @@ import time
 from asyncio import CancelledError
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from diskmorph.convert.fleet.cluster import ClusterOptions, connected, prepare, release
 from diskmorph.convert.fleet.perform import perform
 from diskmorph.convert.fleet.ranges import Piece, Split, abandon_split, finish_split, write_range
 from diskmorph.convert.fleet.rows import DONE, FAILED, SKIPPED, FleetError, Result, Row, RunOptions, failed, fault_of
+from diskmorph.convert.fleet.summary import FleetProgress, Summary
 from diskmorph.convert.fleet.worker import TOPIC
 
 if TYPE_CHECKING:
@@ -26,38 +27,6 @@ _FETCH = 10.0
 """Seconds that fetching results may take: where their worker has died since, others have to bring them anew."""
 _TICK = 0.5
 """Seconds between two words about progress, and two looks at the workers."""
-
-
-class FleetProgress(NamedTuple):
-    """How far a run is: rows by how they ended, bytes of their disks, workers, seconds since the start."""
-
-    rows: int
-    done: int
-    failed: int
-    skipped: int
-    bytes_done: int
-    bytes_total: int
-    workers: int
-    seconds: float
-
-
-@dataclass(slots=True)
-class Summary:
-    """What a run came to; `results` by the rows' order."""
-
-    run: str
-    results: list[Result]
-    seconds: float
-    workers: int = 0
-
-    def counts(self) -> dict[str, int]:
-        """Return the number of rows, in all and by how they ended."""
-        found = Counter(result.status for result in self.results)
-        return {"total": len(self.results), **{status: found[status] for status in (DONE, FAILED, SKIPPED)}}
-
-    def bytes(self) -> int:
-        """Return the bytes of the disks that were converted by this run."""
-        return sum(result.virtual_size or 0 for result in self.results if result.status == DONE)
 
 
 @dataclass(slots=True)

@@ -156,7 +156,7 @@ def test_no_such_cluster(address: str, said: str, vms: Path, tmp_path: Path) -> 
 def test_a_hostile_name_stays_text(tmp_path: Path) -> None:
     from diskmorph.convert.fleet.report import page
     from diskmorph.convert.fleet.rows import FAILED, Result
-    from diskmorph.convert.fleet.run import Summary
+    from diskmorph.convert.fleet.summary import Summary
 
     name = "</td><script>document.title='taken'</script>\udcff"
     path = tmp_path / "r.html"
