@@ -48,14 +48,11 @@ def add_inside(parser: argparse.ArgumentParser) -> None:
 def open_inside(args: argparse.Namespace) -> Tree:
     """Open what the words name as a tree."""
     from diskmorph.commands.common import parents_of
-    from diskmorph.convert.bridge.extract import open_source_tree
-    from diskmorph.convert.bridge.options import ExtractOptions
     from diskmorph.convert.options import ConvertOptions
+    from diskmorph.convert.source_trees import open_source_tree
 
     options = ConvertOptions(source_format=args.format, parents=parents_of(args))
-    return open_source_tree(
-        args.source, ExtractOptions(convert=options, partition=args.partition, platform=args.platform)
-    )
+    return open_source_tree(args.source, options, partition=args.partition, platform=args.platform)
 
 
 def run(args: argparse.Namespace, out: Output) -> int:
@@ -68,8 +65,8 @@ def run(args: argparse.Namespace, out: Output) -> int:
         if node is None:
             raise SourceError(f"has no {args.path}", file=args.source)
         entries = list(_entries(tree, path, recursive=args.recursive))
-        report = {"file": args.source, "path": args.path, "entries": [_row(entry) for entry in entries]}
-        out.result(report, _lines(entries, long=args.long))
+        rows = [_row(entry) for entry in entries] if out.json else []
+        out.result({"file": args.source, "path": args.path, "entries": rows}, _lines(entries, long=args.long))
     return 0
 
 

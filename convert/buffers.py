@@ -11,7 +11,7 @@ import numpy as np
 from diskmorph.convert.windows import READ
 from diskmorph.formats.allocator import RUN
 from diskmorph.formats.extents import ABSENT, DATA, ZERO
-from diskmorph.formats.rows import chosen
+from diskmorph.formats.rows import chosen, distinct
 from diskmorph.formats.rows import joined as all_of
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def _runs(
     if len(pieces) == 1:
         heads = np.concatenate(([0], changes)).astype(np.uint64)
     else:
-        heads = np.unique(np.concatenate([changes, (pieces["at"] // np.uint64(granule)).astype(np.intp)])).astype(
+        heads = distinct(np.concatenate([changes, (pieces["at"] // np.uint64(granule)).astype(np.intp)])).astype(
             np.uint64
         )
     at = heads * np.uint64(granule)

@@ -11,6 +11,7 @@ import numpy as np
 
 from diskmorph.convert.windows import CLONE_ALIGN, CLONE_LEAST
 from diskmorph.formats.extents import DATA, PLAIN
+from diskmorph.formats.rows import distinct
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,7 +57,7 @@ class Cloner:
         if not fits.any():
             return fits
         align = np.uint64(CLONE_ALIGN)
-        for file in np.unique(rows["file"][fits]).tolist():
+        for file in distinct(rows["file"][fits]).tolist():
             mine = fits & (rows["file"] == file)
             base = np.uint64(self._reader.base(file))
             fits &= ~mine | ((rows["offset"] + base) % align == rows["start"] % align)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from diskmorph.formats.extents import ABSENT, BATCH, DATA, EXTENT, HOLE, PLAIN, ZERO, clip, cut, row, stops
-from diskmorph.formats.rows import copied, joined
+from diskmorph.formats.rows import copied, distinct, joined
 from diskmorph.formats.source import FileSource
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def regroup(rows: NDArray[np.void], step: int, clonable: NDArray[np.bool_] | Non
         inner_high = ends // size // align * align
         clonable = clonable & (inner_high > inner_low)
         marks += [inner_low[clonable], inner_high[clonable]]
-    points = np.unique(np.concatenate(marks))
+    points = distinct(np.concatenate(marks))
     count = len(points) - 1
 
     def covered(first: NDArray[np.uint64], last: NDArray[np.uint64]) -> NDArray[np.bool_]:
@@ -248,7 +248,7 @@ def _on_units(
         points.append(stop // np.uint64(grid.stride) * np.uint64(grid.stride))
     if len(points) == 1:
         return start, stop, segments["kind"], segments["mode"]
-    cuts = np.unique(np.concatenate(points))
+    cuts = distinct(np.concatenate(points))
     cuts = cuts[(cuts >= start[0]) & (cuts < stop[-1])]
     owner = np.searchsorted(start, cuts, side="right") - 1
     return cuts, np.append(cuts[1:], stop[-1]), segments["kind"][owner], segments["mode"][owner]

@@ -1,4 +1,7 @@
-"""Rows of structured arrays, moved as wholes: NumPy copies them field by field otherwise, 20 to 50 times slower."""
+"""Rows of structured arrays, moved as wholes: NumPy copies them field by field otherwise, 20 to 50 times slower.
+
+And `distinct`, since np.unique loads masked arrays when first used.
+"""
 
 from __future__ import annotations
 
@@ -42,3 +45,11 @@ def joined(parts: Sequence[NDArray[np.void]]) -> NDArray[np.void]:
     if len(parts) == 1:
         return parts[0]
     return np.concatenate([_bare(part) for part in parts]).view(parts[0].dtype)
+
+
+def distinct(values: NDArray[Any]) -> NDArray[Any]:
+    """Return the sorted, different values of an array of numbers."""
+    ordered = np.sort(values)
+    if len(ordered) < 2:
+        return ordered
+    return ordered[np.concatenate(([True], ordered[1:] != ordered[:-1]))]

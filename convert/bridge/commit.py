@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from diskmorph.convert.bridge.config import changed, timestamp
 from diskmorph.convert.bridge.diff import Known, changes
-from diskmorph.convert.bridge.extract import open_source_tree
+from diskmorph.convert.bridge.extract import opened_tree
 from diskmorph.convert.bridge.injected import read_record
 from diskmorph.convert.bridge.options import CommitOptions
 from diskmorph.convert.bridge.outputs import LAYER_TAR, Output, fetching, parse_output, write_image
@@ -50,7 +50,7 @@ def commit(
     if not output.is_image:
         raise OptionError(f"{os.fspath(target)!r} is no container image", hint="oci:DIR, oci-archive:FILE, ...")
     with _open_base(options, on_progress) as base:
-        tree = source if isinstance(source, Tree) else open_source_tree(source, options.extract, on_progress)
+        tree = source if isinstance(source, Tree) else opened_tree(source, options.extract, on_progress)
         try:
             layer = _changed_entries(base, tree)
             report = _write(base, tree, layer, output, options, on_progress)

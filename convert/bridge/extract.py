@@ -11,14 +11,11 @@ from diskmorph.convert.bridge.config import new_config
 from diskmorph.convert.bridge.options import ExtractOptions
 from diskmorph.convert.bridge.outputs import LAYER_TAR, Output, fetching, parse_output, write_image, write_tree
 from diskmorph.convert.bridge.pseudo import drop_pseudo, strip_boot
+from diskmorph.convert.source_trees import open_source_tree
 from diskmorph.formats.allocator import Identity
-from diskmorph.formats.errors import DiskmorphError, OptionError
 from diskmorph.formats.oci.writer import NewImage, NewLayer
-from diskmorph.formats.registry import open_disk
-from diskmorph.formats.roots import open_root
 from diskmorph.formats.tar import tar_disk
 from diskmorph.formats.tree import Tree
-from diskmorph.formats.trees import open_tree, tree_format
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,7 +40,7 @@ def extract(
     options = options or ExtractOptions()
     begun = time.monotonic()
     output = parse_output(os.fspath(target), options.convert.target_format)
-    tree = source if isinstance(source, Tree) else open_source_tree(source, options, on_progress)
+    tree = source if isinstance(source, Tree) else opened_tree(source, options, on_progress)
     try:
         drop_pseudo(tree)
         if options.strip_boot:
@@ -64,34 +61,19 @@ def write_output(
     return write_tree(tree, output, options.convert, on_progress)
 
 
-def open_source_tree(
+def opened_tree(
     source: str | os.PathLike[str] | Disk,
     options: ExtractOptions,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Tree:
-    """Open what is to be extracted as a tree: a disk's root, or what is a tree already. Raises DiskmorphError."""
-    wanted = options.convert
-    if isinstance(source, str | os.PathLike):
-        kind = wanted.source_format or tree_format(source)
-        if kind in {"directory", "tar", "iso", "oci", "oci-archive", "docker-archive", "docker"}:
-            if options.partition is not None:
-                raise OptionError(f"{os.fspath(source)} is no disk", hint="leave --partition out")
-            return open_tree(
-                source,
-                format=kind,
-                platform=options.platform,
-                limits=wanted.limits,
-                on_fetch=fetching(on_progress),
-            )
-        disk = open_disk(source, format=wanted.source_format, parents=wanted.parents, limits=wanted.limits)
-    else:
-        disk = source
-    try:
-        return open_root(disk, partition=options.partition, limits=wanted.limits)
-    except DiskmorphError as error:
-        if disk is not source:
-            disk.close()
-        raise error.located(file=disk.name) from error.__cause__
+    """Open what is to be extracted as a tree. Raises DiskmorphError."""
+    return open_source_tree(
+        source,
+        options.convert,
+        partition=options.partition,
+        platform=options.platform,
+        on_fetch=fetching(on_progress),
+    )
 
 
 def _write_image(

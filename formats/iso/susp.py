@@ -15,6 +15,7 @@ import numpy as np
 from diskmorph.formats.errors import FormatError, UnsupportedError
 from diskmorph.formats.iso.directory import record_seconds
 from diskmorph.formats.iso.schema import SECTOR
+from diskmorph.formats.rows import distinct
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -107,7 +108,7 @@ class _Reader:
         length = cells[at + 2].astype(np.int64)
         whole = (length >= 4) & (at + length <= self.end[active])
         active, at, letters, length = active[whole], at[whole], letters[whole], length[whole]
-        for word in np.unique(letters).tolist():
+        for word in distinct(letters).tolist():
             handle = _HANDLERS.get(word)
             if handle is not None:
                 mine = letters == word
@@ -134,7 +135,7 @@ class _Reader:
         """Time stamps, RRIP 4.1.6: the modification time, which follows the creation time if that is there."""
         cells = np.frombuffer(self.data, np.uint8)
         flags = cells[at + 4]
-        for value in np.unique(flags).tolist():
+        for value in distinct(flags).tolist():
             if not value & 2:
                 continue
             size = 17 if value & _TF_LONG else 7
