@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from clikit import dm, documented
+from lvmkit import Lvm
 
 from testkit import MIB, data, run
 
@@ -110,12 +111,30 @@ def test_create_and_resize_and_extract(images: Path, tmp_path: Path) -> None:
         hold("convert", report, missing=set(DOCUMENTED["convert"]) - set(paths(report)))
 
 
+def with_group(folder: Path) -> Path:
+    """A disk that is a physical volume with an ext4 in its logical volume."""
+    disk, inside = folder / "group.raw", folder / "inside.img"
+    with disk.open("wb") as file:
+        file.truncate(64 * MIB)
+    with Lvm(folder) as lvm:
+        device = lvm.attach(disk)
+        lvm("pvcreate", device)
+        lvm("vgcreate", "vg", device)
+        lvm.create("vg", "root", "-L", "16m")
+        with inside.open("wb") as file:
+            file.truncate(16 * MIB)
+        run("mke2fs", "-q", "-t", "ext4", "-L", "inside", inside)
+        lvm.fill("vg/root", inside)
+    return disk
+
+
 def test_info(images: Path, tmp_path: Path) -> None:
     reports = [
         dm("info", "--json", images / "disk.raw").ok().json,
         dm("info", "--json", images / "plain.raw").ok().json,
         dm("info", "--json", images / "disk.qcow2").ok().json,
         dm("info", "--json", images / "child.vmdk").ok().json,
+        dm("info", "--json", with_group(tmp_path)).ok().json,
     ]
     hold("info", *reports, missing={"chain"})
     chain = dm("info", "--json", "--chain", "--allow-parent", images, images / "child.vmdk").ok().json["chain"]
