@@ -58,6 +58,7 @@ bench: packages setup  ## beside qemu-img, with its best flags, in alternation
 	$(BIN)/python benchmarks/remote.py
 	$(BIN)/python benchmarks/aws.py
 	$(BIN)/python benchmarks/boot.py
+	$(BIN)/python benchmarks/trees.py
 	$(BIN)/python benchmarks/iso.py
 	$(BIN)/python benchmarks/fleet.py
 
