@@ -26,7 +26,8 @@ from diskmorph.formats.views import Overlay, grown
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from diskmorph.formats.disk import Disk, Snapshot
+    from diskmorph.formats.bitmaps import DirtyBitmap
+    from diskmorph.formats.disk import Disk, ImageDisk, Snapshot
 
     OnProgress = Callable[[Progress], None] | None
 
@@ -42,6 +43,8 @@ class Layer:
 
     disk: Disk
     what: str
+    bitmaps: tuple[DirtyBitmap, ...] = ()
+    """The dirty bitmaps that its file holds, where the target can hold them too."""
 
 
 def keep_chain(
@@ -65,10 +68,10 @@ def keep_chain(
     with contextlib.ExitStack() as stack:
         opened = _open(source, options)
         stack.callback(opened.close)
-        layers, lost = _layers(opened, options, stack)
+        layers, lost = _layers(opened, entry.name, options, stack)
         if entry.name in SAME_SIZE:
             most = max(layer.disk.size for layer in layers)
-            layers = [Layer(grown(layer.disk, most), layer.what) for layer in layers]
+            layers = [replace(layer, disk=grown(layer.disk, most)) for layer in layers]
         paths = _names(Path(target), len(layers))
         _refuse_sources(opened, paths)
         reports = _write(layers, paths, entry.name, options, on_progress)
@@ -106,25 +109,35 @@ def _open(source: str | os.PathLike[str] | Disk, options: ConvertOptions) -> Ope
     return opened
 
 
-def _layers(opened: Opened, options: ConvertOptions, stack: contextlib.ExitStack) -> tuple[list[Layer], list[str]]:
+def _layers(
+    opened: Opened, format: str, options: ConvertOptions, stack: contextlib.ExitStack
+) -> tuple[list[Layer], list[str]]:
     """Return the layers from the base up, internal snapshots of the top by their age, and what is lost."""
     lost: list[str] = []
     found: list[Layer] = []
     whole: Disk = opened.layers[-1]
     for number, layer in enumerate(reversed(opened.layers)):
         whole = layer if not number else Overlay(layer, whole)
+        bitmaps, gone = _bitmaps(layer, format)
+        lost += [f"dirty bitmap {name} of {layer.name}" for name in gone]
         if layer is not opened.layers[0]:
-            found.append(Layer(whole, layer.name))
+            found.append(Layer(whole, layer.name, bitmaps))
             lost += [f"internal snapshot {one.name or one.id} of {layer.name}" for one in layer.info.snapshots]
-        lost += [f"dirty bitmap {name} of {layer.name}" for name in layer.info.bitmaps]
     for snapshot in sorted(opened.layers[0].info.snapshots, key=lambda one: one.created or 0.0):
         found.append(
             Layer(_snapshot(opened.name, snapshot, options, stack), f"snapshot {snapshot.name or snapshot.id}")
         )
         if snapshot.vm_state_size:
             lost.append(f"the state of the virtual machine in snapshot {snapshot.name or snapshot.id}")
-    found.append(Layer(whole, opened.name))
+    found.append(Layer(whole, opened.name, bitmaps))
     return found, lost
+
+
+def _bitmaps(layer: ImageDisk, format: str) -> tuple[tuple[DirtyBitmap, ...], list[str]]:
+    """Return the dirty bitmaps that go with a layer into its new file, and the names of those that do not."""
+    kept = layer.dirty_bitmaps if layer.info.format == format else ()
+    names = {bitmap.name for bitmap in kept}
+    return tuple(kept), [name for name in layer.info.bitmaps if name not in names]
 
 
 def _snapshot(name: str, snapshot: Snapshot, options: ConvertOptions, stack: contextlib.ExitStack) -> Disk:
@@ -175,7 +188,7 @@ def _write(
                 continue
             new = not os.path.lexists(path)
             words = plain if below is None else replace(plain, base=paths[number - 1], base_format=format)
-            with make_plan(layer.disk, path, words) as plan:
+            with make_plan(layer.disk, path, words, layer.bitmaps) as plan:
                 reports.append(perform(plan, tell, against=below))
             if new:
                 fresh += [folder / member for member in reports[-1].members]
@@ -189,7 +202,7 @@ def _write(
 def _measured(layer: Layer, path: Path, below: Disk | None, options: ConvertOptions, tell: OnProgress) -> ConvertReport:
     """Return what writing a layer would do; its parent is not there, so that another image of nothing stands for it."""
     if below is None:
-        with make_plan(layer.disk, path, options) as plan:
+        with make_plan(layer.disk, path, options, layer.bitmaps) as plan:
             return perform(plan, tell)
     from tempfile import TemporaryDirectory  # noqa: PLC0415 - dry runs of chains only
 
@@ -200,7 +213,7 @@ def _measured(layer: Layer, path: Path, below: Disk | None, options: ConvertOpti
         own = ConvertOptions(target_format=options.target_format, sync=False)
         create(stand_in, below.size, options=own)
         words = replace(options, base=stand_in, base_format=options.target_format)
-        with make_plan(layer.disk, path, words) as plan:
+        with make_plan(layer.disk, path, words, layer.bitmaps) as plan:
             return perform(plan, tell, against=below)
 
 

@@ -60,8 +60,15 @@ class Plan:
         self.close()
 
 
-def make_plan(source: str | os.PathLike[str] | Disk, target: str | os.PathLike[str], options: ConvertOptions) -> Plan:
+def make_plan(
+    source: str | os.PathLike[str] | Disk,
+    target: str | os.PathLike[str],
+    options: ConvertOptions,
+    bitmaps: Sequence[DirtyBitmap] = (),
+) -> Plan:
     """Open what is needed and decide everything that can be decided before bytes move; the target is not touched.
+
+    `bitmaps`: dirty bitmaps that go with an open disk, which the target can hold.
 
     Raises OptionError (nothing says which format), TargetError (the size cannot be had), and what opening raises.
     """
@@ -82,10 +89,11 @@ def make_plan(source: str | os.PathLike[str] | Disk, target: str | os.PathLike[s
         base = _open_base(options)
         disk = sized(opened.disk, options.size, profile)
         journal = _journal(source, opened, base, entry, disk, name, options)
-        bitmaps = _bitmaps(opened, disk, entry)
+        given = tuple(bitmap.name for bitmap in bitmaps)
+        bitmaps = bitmaps or _bitmaps(opened, disk, entry)
         allocator = new_allocator(entry, disk, name, options, base, journal, bitmaps)
         disk = grown(disk, allocator.size)
-        lost, notes = _losses(opened, disk, entry, allocator)
+        lost, notes = _losses(opened, disk, entry, allocator, given)
         notes += _ambiguity(opened, options) + changes(profile, options, name, opened.disk.size, disk.size)
         if profile is not None:
             from diskmorph.convert.cloud_facts import remarks  # noqa: PLC0415 - only with --for
@@ -256,8 +264,10 @@ def _identity(disk: Disk, options: ConvertOptions, journal: Journal | None) -> I
     return Identity(tree_digest(disk, threads=options.threads))
 
 
-def _losses(source: Opened, disk: Disk, entry: Format, allocator: Allocator) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return what the target cannot hold, and what else a user should know."""
+def _losses(
+    source: Opened, disk: Disk, entry: Format, allocator: Allocator, bitmaps: tuple[str, ...]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return what the target cannot hold, and what else a user should know; `bitmaps` came with an open disk."""
     lost: list[str] = []
     notes: list[str] = []
     info = source.info
@@ -265,10 +275,11 @@ def _losses(source: Opened, disk: Disk, entry: Format, allocator: Allocator) -> 
         names = [snapshot.name or snapshot.id for snapshot in info.snapshots]
         if names:
             lost.append(f"internal snapshots: {', '.join(names)}")
-        gone = [name for name in info.bitmaps if name not in allocator.bitmaps]
-        if gone:
-            lost.append(f"dirty bitmaps: {', '.join(gone)}")
+        bitmaps = (*bitmaps, *info.bitmaps)
         notes.extend(info.warnings)
+    gone = [name for name in bitmaps if name not in allocator.bitmaps]
+    if gone:
+        lost.append(f"dirty bitmaps: {', '.join(gone)}")
     if len(source.layers) > 1:
         below = ", ".join(layer.name for layer in source.layers[1:])
         notes.append(f"the chain of parents is flattened into one disk: {below}")

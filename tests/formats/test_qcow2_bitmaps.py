@@ -8,6 +8,7 @@ import time
 import pytest
 
 import diskmorph
+from diskmorph.convert.chains import keep_chain
 from diskmorph.formats.errors import FormatError
 from diskmorph.formats.qcow2 import bitmaps as b
 
@@ -120,3 +121,22 @@ def test_a_table_that_lies_elsewhere_is_refused(image, tmp_path):
     with pytest.raises(FormatError):
         diskmorph.convert(image, tmp_path / "out.qcow2")
     assert not (tmp_path / "out.qcow2").exists()
+
+
+def test_each_layer_of_a_chain_keeps_its_own(image, tmp_path):
+    top = tmp_path / "top.qcow2"
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", image, "-F", "qcow2", top)
+    run("qemu-img", "bitmap", "--add", top, "mine")
+    run("qemu-io", "-c", "write 3M 64k", top)
+    parents = diskmorph.Parents(allow=(tmp_path,))
+    (tmp_path / "to").mkdir()
+    report = keep_chain(top, tmp_path / "to/out.qcow2", options=diskmorph.ConvertOptions(parents=parents))
+    assert not report.lost
+    assert described(tmp_path / "to/out-0.qcow2") == described(image)
+    assert dirty(tmp_path / "to/out.qcow2", "mine", tmp_path / "one") == dirty(top, "mine", tmp_path / "two")
+    for name in ("out-0", "out"):
+        run("qemu-img", "check", tmp_path / f"to/{name}.qcow2")
+    for words in ({"target_format": "vmdk"}, {"format_options": {"compat": "0.10"}}):
+        options = diskmorph.ConvertOptions(parents=parents, dry_run=True, **words)
+        lost = " ".join(keep_chain(top, tmp_path / "to/other.qcow2", options=options).lost)
+        assert all(name in lost for name in ("mine", "fine", "coarse"))
