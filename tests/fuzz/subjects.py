@@ -378,6 +378,7 @@ TABLE: dict[str, dict[str, Maker]] = {
     "asif": {case.name.removeprefix("asif-"): _case(case.make) for case in asif.DISKS},
     "bochs": {case.name.removeprefix("bochs-"): _case(case.make) for case in bochs.DISKS if case.name != "bximage"},
     "cloop": {
+        "disk": _fixture("cloop/disk.cloop"),
         "v2": _case(cloop.v2),
         "v4 first": _case(cloop.v4(16 * KIB, last=False)),
         "v4 last": _case(cloop.v4(16 * KIB, last=True)),
