@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 _MOST_CHUNKS = 1 << 20
 """Of one table: EnCase writes at most 65,534."""
 _MOST_ERRORS = 1 << 16
+_MOST_SECTIONS = 1 << 18
+"""Of one segment file: three for each 512 MiB are usual."""
 _LETTERS = 26
 
 
@@ -142,7 +144,7 @@ def _require_segment(source: ByteSource, number: int) -> None:
 def sections(source: ByteSource) -> Iterator[Section]:
     """Yield the sections of a segment file to the last, "next" or "done". Raises FormatError."""
     at = s.FILE_HEADER_SIZE
-    while True:
+    for _ in range(_MOST_SECTIONS):
         raw = source.read_upto(at, s.SECTION_SIZE)
         if len(raw) < s.SECTION_SIZE:
             raise _bad(source, "section", "kind", at, "a section", f"the end at {source.size}")
@@ -159,6 +161,7 @@ def sections(source: ByteSource) -> Iterator[Section]:
             raise _bad(source, f"section {kind}", "size", at + 24, head.next - at, head.size)
         yield Section(kind, at, head.next)
         at = head.next
+    raise _bad(source, "section", "kind", at, f"at most {_MOST_SECTIONS} sections", "another one")
 
 
 def _bad(source: ByteSource, structure: str, name: str, offset: int, expected: object, found: object) -> FormatError:

@@ -317,6 +317,14 @@ def test_wrong_hashes_are_found(tmp_path: Path) -> None:
     assert [finding.structure for finding in check(path).findings] == ["section hash"]
 
 
+def test_sections_without_end_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diskmorph.formats.ewf import segments
+
+    monkeypatch.setattr(segments, "_MOST_SECTIONS", 20)
+    path = Made(disk(SIZE), extra=[(b"nothing", b"")] * 20).write(tmp_path / "d.E01")
+    assert refused(path).found == "another one"
+
+
 def test_cuts_are_refused(several: Path) -> None:
     for name in ("d.E01", "d.E03"):
         path = several.parent / name
