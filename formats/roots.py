@@ -152,14 +152,21 @@ def _root_of(disk: Disk, volumes: Sequence[Volume], limits: Limits | None) -> Tr
     if likely:
         return likely[0]
     failure = failure or next((volume.failure for volume in volumes if volume.failure is not None), None)
-    if failure is None and len(trees) == 1:
-        return trees[0]
     if failure is not None:
         raise failure
-    refused = next((v for v in volumes if v.filesystem is not None and v.filesystem.type in _ENCRYPTED), None)
-    if refused is not None and refused.filesystem is not None and not any(v.logical for v in volumes):
-        raise unsupported(refused.filesystem.type, refused.disk.name)
+    _require_open(volumes)
+    if len(trees) == 1:
+        return trees[0]
     raise _no_root(disk, volumes)
+
+
+def _require_open(volumes: Sequence[Volume]) -> None:
+    """Raise UnsupportedError if a root may lie in what cannot be looked into."""
+    entered = {id(member.disk) for v in volumes if v.group is not None for member in v.group.members}
+    for volume in volumes:
+        held = volume.filesystem
+        if held is not None and held.type in _ENCRYPTED and id(volume.disk) not in entered:
+            raise unsupported(held.type, volume.disk.name)
 
 
 def _no_root(disk: Disk, volumes: Sequence[Volume]) -> SourceError:

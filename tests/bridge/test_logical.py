@@ -167,6 +167,31 @@ def test_a_missing_physical_volume_is_named(disk: Path, tmp_path: Path) -> None:
     assert [one["missing"] for one in group["physical_volumes"]] == [False, True]
 
 
+def test_a_root_that_may_be_encrypted_is_not_guessed(tmp_path: Path) -> None:
+    """A readable /boot alone is no root where LUKS lies beside it: on a partition, or in a logical volume."""
+    put(tmp_path / "boot", "vmlinuz", b"kernel")
+    boot = ext4(tmp_path / "b", tmp_path / "boot", 8 * MIB)
+    luks = tmp_path / "luks"
+    luks.write_bytes(b"LUKS\xba\xbe\0\2" + bytes(8 * MIB - 8))
+    for kind, size in ((LINUX, 8), (LVM, 24)):
+        disk = tmp_path / f"disk-{size}"
+        (start, _), second = partitioned(disk, (LINUX, 8), (kind, size))
+        run("dd", f"if={boot}", f"of={disk}", "bs=1M", f"seek={start // MIB}", "conv=notrunc", "status=none")
+        if kind == LINUX:
+            run("dd", f"if={luks}", f"of={disk}", "bs=1M", f"seek={second[0] // MIB}", "conv=notrunc", "status=none")
+        else:
+            (tmp_path / "lvm").mkdir()
+            with Lvm(tmp_path / "lvm") as lvm:
+                lvm("pvcreate", lvm.attach(disk, *second))
+                lvm("vgcreate", "vg", lvm.loops[0])
+                lvm.create("vg", "root", "-l", 2)
+                lvm.fill("vg/root", luks)
+        with pytest.raises(UnsupportedError, match="encrypted by LUKS"):
+            open_root(open_disk(disk))
+        with open_root(open_disk(disk), partition=1) as tree:
+            assert tree.find("vmlinuz") is not None
+
+
 def test_a_whole_disk_as_physical_volume(tmp_path: Path) -> None:
     disk = tmp_path / "disk.raw"
     with disk.open("wb") as file:
