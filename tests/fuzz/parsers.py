@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import ovfkit
 from formats.test_ami_kernel import bzimage
 from formats.test_ami_ramdisk import CODECS, cpio
+from formats.test_lvm import volume as lvm_volume
 
 from diskmorph.formats import fsprobe, gpt
 from diskmorph.formats.ami.kernel import read_kernel
@@ -31,6 +32,8 @@ from diskmorph.formats.iso import open_tree as open_iso
 from diskmorph.formats.iso.reader import describe
 from diskmorph.formats.iso.writer import IsoLayout, IsoOptions
 from diskmorph.formats.limits import Limits
+from diskmorph.formats.lvm import groups_of
+from diskmorph.formats.lvm.schema import crc_of
 from diskmorph.formats.packages import open_package
 from diskmorph.formats.source import FileSource
 from diskmorph.formats.tree import Tree, dir_node, file_node, link_node
@@ -71,6 +74,17 @@ def _volume(path: Path) -> Iterator[Any]:
     yield from _tree(open_volume(SourceDisk(FileSource(path))))
 
 
+def _lvm(path: Path) -> Iterator[Any]:
+    disk = SourceDisk(FileSource(path))
+    found = groups_of([disk], Limits(), name=str(path))
+    for error in found.failures.values():
+        raise error
+    for group in found.groups:
+        yield group.name, group.uuid, group.extent_size, [(one.uuid, one.start, one.extents) for one in group.members]
+        for volume in group.volumes:
+            yield volume.name, volume.size, volume.kind, volume.opened().read(0, min(volume.size, _READ))
+
+
 def _iso(path: Path) -> Iterator[Any]:
     yield repr(describe(FileSource(path)))
     yield from _tree(open_iso(FileSource(path)))
@@ -102,6 +116,7 @@ LOOKS: dict[str, Callable[[Path], Iterator[Any]]] = {
     "partitions": _partitions,
     "ext4": _volume,
     "fat": _volume,
+    "lvm": _lvm,
     "iso": _iso,
     "tar": lambda path: _tree(open_tree(path, format="tar")),
     "oci": lambda path: _tree(open_tree(path)),
@@ -336,7 +351,19 @@ def _mend_gpt(blob: bytearray) -> None:
             struct.pack_into("<I", blob, at + 16, binascii.crc32(blob[at : at + min(size, 512)]))
 
 
-MENDERS = {"tar": _mend_tar, "oci": _mend_tar, "ovf": _mend_tar, "partitions": _mend_gpt}
+def _mend_lvm(blob: bytearray) -> None:
+    """Make the CRCs of label, metadata area and text right again."""
+    area = 4096
+    if len(blob) < area + 512:
+        return
+    at, size = struct.unpack_from("<QQ", blob, area + 40)
+    if size <= len(blob) and area + at + size <= len(blob):
+        struct.pack_into("<I", blob, area + 56, crc_of(bytes(blob[area + at : area + at + size])))
+    struct.pack_into("<I", blob, area, crc_of(bytes(blob[area + 4 : area + 512])))
+    struct.pack_into("<I", blob, 512 + 16, crc_of(bytes(blob[512 + 20 : 1024])))
+
+
+MENDERS = {"lvm": _mend_lvm, "tar": _mend_tar, "oci": _mend_tar, "ovf": _mend_tar, "partitions": _mend_gpt}
 
 MAKERS: dict[str, dict[str, Callable[[Path], str]]] = {
     "partitions": {"gpt": _write("gpt.raw", _gpt), "mbr": _write("mbr.raw", _mbr)},
@@ -350,6 +377,7 @@ MAKERS: dict[str, dict[str, Callable[[Path], str]]] = {
         "fat16": _write("fat16.img", lambda: _whole(fat_disk(_fat_tree(), 8 * MIB))),
         "fat12": _write("fat12.img", lambda: _fat12()),
     },
+    "lvm": {"two segments": _write("pv.raw", lvm_volume)},
     "iso": {
         "rock ridge": _write("r.iso", lambda: _whole(IsoLayout(_small_tree(), IsoOptions(label="T", time=1e9)).image()))
     },
