@@ -83,6 +83,7 @@ def identify(source: ByteSource, format: str | None = None) -> tuple[Format, lis
         return require_format(outer.format), found
     claimed = format_of_suffix(source.name)
     if claimed is not None and claimed is not RAW and source.path is not None:
+        _refuse_archive(source, claimed)
         raise FormatError(
             f"its name says {claimed.name}, but it has no {claimed.name} structure: it may be cut off or damaged",
             file=source.name,
@@ -92,6 +93,22 @@ def identify(source: ByteSource, format: str | None = None) -> tuple[Format, lis
             hint="read it as a plain disk with -f raw if that is what it is",
         )
     return RAW, found
+
+
+def _refuse_archive(source: ByteSource, claimed: Format) -> None:
+    """Raise UnsupportedError for a sound compressed file that holds an archive of files, such as an OVA."""
+    if claimed.name != "compressed":
+        return
+    from diskmorph.formats.spool import codec_of  # noqa: PLC0415 - compressed files only
+
+    codec = codec_of(source)
+    if codec is not None:
+        raise UnsupportedError(
+            "is an archive of files that was compressed as one, no disk image",
+            feature="compressed archives",
+            file=source.name,
+            hint=f"decompress it first ({codec}), if it is an OVA; ls, cat, extract and build read a tar as it is",
+        )
 
 
 def open_layer(source: ByteSource, entry: Format, context: OpenContext) -> ImageDisk:

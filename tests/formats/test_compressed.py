@@ -172,3 +172,14 @@ def test_a_tarball_without_a_disk(tmp_path: Path):
         archive.add(tmp_path / "m", "metadata.yaml")
     with pytest.raises(UnsupportedError, match=r"disk\.raw"):
         diskmorph.convert(tmp_path / "t.tar.gz", tmp_path / "x.raw", options=ConvertOptions())
+
+
+@pytest.mark.parametrize("verb", ["info", "convert"])
+def test_a_compressed_ova_is_told_as_what_it_is(tmp_path, verb):
+    (tmp_path / "a.raw").write_bytes(b"content" * 4096)
+    dm("convert", "-q", tmp_path / "a.raw", tmp_path / "vm.ova").ok()
+    run("gzip", tmp_path / "vm.ova")
+    words = [tmp_path / "out.qcow2"] if verb == "convert" else []
+    done = dm(verb, tmp_path / "vm.ova.gz", *words)
+    assert done.status == 1
+    assert "archive of files" in done.err and "decompress" in done.err
