@@ -15,6 +15,7 @@ from diskmorph.convert.opening import open_source
 from diskmorph.convert.options import Comparison, Progress
 from diskmorph.convert.windows import Grid, Window, pair_windows, windows
 from diskmorph.convert.workers import Crew
+from diskmorph.formats.extents import HOLE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -89,7 +90,7 @@ def compare_disks(
 
 def _pairs(a: Disk, b: Disk, size: int) -> Iterator[Window]:
     # A larger disk on the left keeps `paired` simple: both sides are padded with holes anyway.
-    return pair_windows(a, b, Grid(size, _STEP, _STEP, _CAPACITY, _STEP))
+    return pair_windows(a, b, Grid(size, _STEP, _STEP, _CAPACITY, _STEP), HOLE)
 
 
 class _Differences:

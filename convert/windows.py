@@ -87,12 +87,12 @@ def windows(
         yield from _split(regroup(rows, grid.step, mask), rows, None, grid)
 
 
-def pair_windows(disk: Disk, base: Disk, grid: Grid) -> Iterator[Window]:
-    """Yield the windows of a disk as differences to a base: what may differ is READ, the rest is ABSENT."""
+def pair_windows(disk: Disk, base: Disk, grid: Grid, rest: int = ABSENT) -> Iterator[Window]:
+    """Yield the windows of a disk as differences to a base: what may differ is READ, the rest is of the kind `rest`."""
     numbers = same_files(disk, base)
     for rows, below in _paired_units(disk, base, grid):
         segments = regroup(candidates(rows, below, numbers), grid.step, None)
-        segments["kind"] = np.where(segments["kind"] == DATA, DATA, ABSENT)
+        segments["kind"] = np.where(segments["kind"] == DATA, DATA, rest)
         yield from _split(segments, rows, below, grid)
 
 
