@@ -29,7 +29,11 @@ class Server(http.server.ThreadingHTTPServer):
         self.rng = random.Random(3)
         self.sent = self.requests = 0
         self.pause = 0.0  # seconds between pieces of an answer
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+
+    def server_close(self) -> None:
+        self.shutdown()  # or its thread goes on asking a descriptor that is another's by then
+        super().server_close()
 
     @property
     def url(self) -> str:
