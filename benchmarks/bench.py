@@ -209,7 +209,7 @@ def timed(argv: list[str], target: Path, *, sync_after: bool) -> Run:
 
 
 def measure(
-    pair: Pair, sources: Sources, out: Path, runs: int, peer: str, *, sync: bool
+    pair: Pair, sources: Sources, out: Path, runs: int, peer: str, *, sync: bool, blocks: bool
 ) -> tuple[list[Run], list[Run]]:
     """Run ours and the peer's in alternation."""
     path, word = sources.get(pair.source)
@@ -222,15 +222,21 @@ def measure(
             while file.read(8 * MIB):
                 pass
     mine, others = [], []
-    for turn in range(runs):
-        for side in (0, 1) if turn % 2 == 0 else (1, 0):
-            if side == 0:
-                mine.append(timed(ours, target, sync_after=False))
-            else:
-                others.append(timed(theirs, target, sync_after=sync))
+    for side in order(runs, blocks=blocks):
+        if side == 0:
+            mine.append(timed(ours, target, sync_after=False))
+        else:
+            others.append(timed(theirs, target, sync_after=sync))
     for left in out.glob(target.stem + "*"):
         left.unlink()
     return mine, others
+
+
+def order(runs: int, *, blocks: bool) -> list[int]:
+    """Return whose turn it is: in alternation, or each side's runs in a row, where memory is warm for all but the first."""
+    if blocks:
+        return [0] * runs + [1] * runs
+    return [side for turn in range(runs) for side in ((0, 1) if turn % 2 == 0 else (1, 0))]
 
 
 @contextlib.contextmanager
@@ -268,10 +274,12 @@ def limit(raw: Path, room: Path) -> float:
 def report(pair: Pair, kind: str, mine: list[Run], others: list[Run], bare: float | None, *, sync: bool) -> None:
     ours = statistics.median(run.synced for run in mine)
     theirs = statistics.median(run.synced for run in others)
+    best = [min(run.synced for run in side) for side in (mine, others)]
     ratio = statistics.median(a.synced / b.synced for a, b in zip(mine, others, strict=True))
     goal = pair.goal.get("ext4" if kind == "here" else kind)
     print(
         f"| {kind} | {pair.name} | {'synced' if sync else 'cached'} | {ours:.2f} | {theirs:.2f} | {ratio:.2f} | "
+        f"{best[0]:.2f} | {best[1]:.2f} | "
         f"{goal if goal is not None else '-'} | {'-' if bare is None else f'{bare / ours:.0%}'} | {max(run.peak for run in mine) // MIB} | "
         f"{mine[0].size / MIB:.0f} | {others[0].size / MIB:.0f} |",
         flush=True,
@@ -286,6 +294,7 @@ def main() -> None:
     parser.add_argument("--fs", default="here", help="here, ext4, tmpfs, xfs: a list with commas")
     parser.add_argument("--data", type=int, default=2 * GIB, help="bytes of real files on the disk")
     parser.add_argument("--folder", default=None, help="where sources are kept between runs")
+    parser.add_argument("--blocks", action="store_true", help="each side's runs in a row instead of in alternation")
     parser.add_argument("--sync", default="cached,synced")
     options = parser.parse_args()
     base = Path(options.folder or tempfile.gettempdir())
@@ -295,8 +304,10 @@ def main() -> None:
         "\n"
     )[0]
     print(f"{platform.machine()}, {os.cpu_count()} processors, Linux {platform.release()}, {version}\n")
-    print("| fs | pair | | ours s | qemu-img s | ratio | goal | of limit | MiB | stored MiB | qemu-img's |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    print(
+        "| fs | pair | | ours s | qemu-img s | ratio | fastest | qemu-img's | goal | of limit | MiB | stored MiB | qemu-img's |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for kind in options.fs.split(","):
         with file_system(kind, base, options.data) as room:
             here = kept if kind in {"here", "ext4"} else room / "sources"
@@ -309,7 +320,9 @@ def main() -> None:
                 if not fnmatch.fnmatch(pair.name, options.k):
                     continue
                 for mode in options.sync.split(","):
-                    mine, others = measure(pair, sources, room, options.runs, options.peer, sync=mode == "synced")
+                    mine, others = measure(
+                        pair, sources, room, options.runs, options.peer, sync=mode == "synced", blocks=options.blocks
+                    )
                     plain = bare if pair.source == "raw" and pair.name in PLAIN and mode == "cached" else None
                     report(pair, kind, mine, others, plain, sync=mode == "synced")
 
