@@ -18,13 +18,14 @@ TABLES = SIZE // CLUSTER // 8192
 MEMORY = 210  # MiB, of which Python and NumPy are 30
 
 _CHILD = """
-import json, resource, sys, time
+import json, sys, time
 from pathlib import Path
 from diskmorph.formats.policy import Parents
 from diskmorph.formats.registry import load, open_disk, require_format
 begun = time.process_time()
 {body}
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+# Not getrusage, whose peak is also that of the process which this one was forked from.
+peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) // 1024
 print(json.dumps(dict(count=count, seconds=time.process_time() - begun, peak=peak)))
 """
 
