@@ -313,7 +313,8 @@ def main() -> None:
             here = kept if kind in {"here", "ext4"} else room / "sources"
             here.mkdir(exist_ok=True)
             if here != kept:
-                shutil.copy2(Sources(kept, options.data, options.peer).get("raw")[0], here / "raw.img")
+                raw = Sources(kept, options.data, options.peer).get("raw")[0]
+                subprocess.run(["cp", "--sparse=always", raw, here / "raw.img"], check=True)
             sources = Sources(here, options.data, options.peer)
             bare = limit(sources.get("raw")[0], room)
             for pair in PAIRS:
