@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import sys
+from itertools import islice
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+_AT_ONCE = 500  # lines
 
 
 def printable(text: str) -> str:
@@ -37,8 +40,9 @@ class Output:
         if self.json:
             self.write_json(report)
             return
-        for line in lines:
-            self.line(line)
+        left = iter(lines)
+        while some := [printable(line) + "\n" for line in islice(left, _AT_ONCE)]:
+            self.stdout.write("".join(some))
 
     def report(self, report: dict[str, Any], lines: Iterable[str]) -> None:
         """Print what a verb that writes has done: as `result`, but nothing for people with `-q`."""
