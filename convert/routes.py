@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from diskmorph.formats.errors import OptionError
+from diskmorph.formats.tree_names import IMAGE_PREFIXES, TREE_FORMATS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -93,8 +94,7 @@ def _to_disk_shape(asked: Asked) -> bool:
     return _shape(asked) not in {"disk", *_TREES}
 
 
-_TREE_FORMATS = frozenset({"directory", "tar", "oci", "oci-archive", "docker-archive", "docker"})
-_TREE_PREFIXES = ("oci:", "oci-archive:", "docker-archive:", "docker://", "docker+http://")
+_TREE_FORMATS = frozenset(TREE_FORMATS) - {"iso"}
 _TREE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tzst")
 
 
@@ -103,7 +103,7 @@ def _to_tree(asked: Asked) -> bool:
     wanted = asked.options.target_format
     if wanted is not None:
         return wanted in _TREE_FORMATS
-    return asked.target.startswith(_TREE_PREFIXES) or asked.target.lower().endswith(_TREE_SUFFIXES)
+    return asked.target.startswith(IMAGE_PREFIXES) or asked.target.lower().endswith(_TREE_SUFFIXES)
 
 
 def _to_url(asked: Asked) -> bool:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from diskmorph.formats.errors import DiskmorphError, OptionError
 from diskmorph.formats.registry import open_disk
 from diskmorph.formats.roots import open_root
+from diskmorph.formats.tree_names import TREE_FORMATS
 from diskmorph.formats.trees import open_tree, tree_format
 
 if TYPE_CHECKING:
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
     from diskmorph.convert.options import ConvertOptions
     from diskmorph.formats.disk import Disk
     from diskmorph.formats.tree import Tree
-
-_TREES = frozenset({"directory", "tar", "iso", "oci", "oci-archive", "docker-archive", "docker"})
 
 
 def open_source_tree(
@@ -31,7 +30,7 @@ def open_source_tree(
     """Open a disk's root, or what is a tree already. The tree owns what was opened. Raises DiskmorphError."""
     if isinstance(source, str | os.PathLike):
         kind = wanted.source_format or tree_format(source)
-        if kind in _TREES:
+        if kind in TREE_FORMATS:
             if partition is not None:
                 raise OptionError(f"{os.fspath(source)} is no disk", hint="leave --partition out")
             return open_tree(source, format=kind, platform=platform, limits=wanted.limits, on_fetch=on_fetch)

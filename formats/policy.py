@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING
 from diskmorph.formats.errors import PolicyError, SourceError
 from diskmorph.formats.limits import Limits
 from diskmorph.formats.source import ByteSource, FilePool, FileSource, refuse_special
+from diskmorph.formats.tree_names import IMAGE_PREFIXES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-
-_IMAGES = ("docker://", "docker+http://", "oci:", "oci-archive:", "docker-archive:")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +54,7 @@ class Opener:
 
     def user_file(self, path: str | os.PathLike[str]) -> FileSource:
         """Open a file that the user named. Raises SourceError."""
-        if isinstance(path, str) and path.startswith(_IMAGES) and not Path(path).exists():
+        if isinstance(path, str) and path.startswith(IMAGE_PREFIXES) and not Path(path).exists():
             raise SourceError(
                 "names a container image, which is no disk",
                 file=path,

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 from diskmorph.formats.errors import DiskmorphError
 from diskmorph.formats.limits import Limits
 from diskmorph.formats.source import ByteSource, FileSource
+from diskmorph.formats.tree_names import IMAGE_FORMATS, split_prefix
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from diskmorph.formats.tree import Tree
-
-TREE_FORMATS = ("directory", "tar", "docker-archive", "oci", "oci-archive", "docker", "iso")
 
 _ISO_MARK = 32769  # the first volume descriptor's identifier, ECMA-119 8.1.2
 
@@ -26,7 +25,7 @@ def tree_format(path: str | os.PathLike[str]) -> str | None:
     `oci:`, `oci-archive:`, `docker-archive:` and `docker://` before a name decide. Raises SourceError if it cannot be
     read.
     """
-    prefix, _ = _prefixed(os.fspath(path))
+    prefix, _ = split_prefix(os.fspath(path))
     if prefix:
         return prefix
     if Path(path).is_dir():
@@ -51,13 +50,13 @@ def open_tree(
     FormatError, UnsupportedError, SourceError, OptionError.
     """
     limits = limits or Limits()
-    prefix, name = _prefixed(os.fspath(path))
+    prefix, name = split_prefix(os.fspath(path))
     found = format or prefix or tree_format(name)
     if found == "directory":
         from diskmorph.formats.directory import read_directory  # noqa: PLC0415 - what is used is loaded
 
         return read_directory(name, limits=limits)
-    if found in {"oci", "oci-archive", "docker-archive", "docker"}:
+    if found in IMAGE_FORMATS:
         from diskmorph.formats.oci import open_image  # noqa: PLC0415
 
         return open_image(name, format=found, platform=platform, limits=limits, on_fetch=on_fetch).tree()
@@ -113,13 +112,3 @@ def _archive_format(source: ByteSource) -> str | None:
         return "tar"
     with decoded(source.window(0, source.size), Limits()) as plain:
         return archive_format(plain) or "tar"
-
-
-def _prefixed(path: str) -> tuple[str | None, str]:
-    """Split `oci:DIR` and the like; a name that exists as it is has no prefix, one in a registry stays as it is."""
-    if path.startswith(("docker://", "docker+http://")):
-        return "docker", path
-    for word in ("oci-archive", "docker-archive", "oci"):
-        if path.startswith(word + ":") and not Path(path).exists():
-            return word, path[len(word) + 1 :]
-    return None, path

@@ -15,6 +15,7 @@ from diskmorph.convert.opening import open_source
 from diskmorph.formats.limits import Limits
 from diskmorph.formats.policy import Parents
 from diskmorph.formats.source import ByteSource, BytesSource, FileSource, WindowSource
+from diskmorph.formats.tree_names import IMAGE_PREFIXES, TREE_FORMATS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -24,8 +25,7 @@ if TYPE_CHECKING:
     from diskmorph.formats.disk import Disk
     from diskmorph.formats.machine import Machine
 
-_TREES = frozenset({"docker-archive", "oci", "oci-archive", "docker", "tar", "directory"})
-_PREFIXES = ("oci:", "oci-archive:", "docker-archive:", "docker://", "docker+http://")
+_TREES = frozenset(TREE_FORMATS) - {"iso"}
 _SMALL = 64 << 20
 
 
@@ -82,7 +82,7 @@ def _tree_format(name: str, options: SourceOptions) -> str | None:
     """Return the kind of tree that a name stands for, None for disks and packages."""
     from diskmorph.formats.remote import is_url  # noqa: PLC0415
 
-    if options.format in _TREES or name.startswith(_PREFIXES) or Path(name).is_dir():
+    if options.format in _TREES or name.startswith(IMAGE_PREFIXES) or Path(name).is_dir():
         from diskmorph.formats.trees import tree_format  # noqa: PLC0415
 
         return options.format or tree_format(name)

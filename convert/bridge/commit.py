@@ -20,6 +20,7 @@ from diskmorph.formats.oci import open_image
 from diskmorph.formats.oci.writer import NewImage, NewLayer, OldLayer
 from diskmorph.formats.tar import tar_disk
 from diskmorph.formats.tree import Tree
+from diskmorph.formats.tree_names import IMAGE_FORMATS, split_prefix
 from diskmorph.formats.trees import tree_format
 
 if TYPE_CHECKING:
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from diskmorph.formats.disk import Disk
     from diskmorph.formats.oci import Image
     from diskmorph.formats.tree import Entry
-
-_IMAGES = ("oci", "oci-archive", "docker-archive", "docker")
 
 
 def commit(
@@ -70,12 +69,12 @@ def _open_base(options: CommitOptions, on_progress: Callable[[Progress], None] |
     if not options.base:
         raise OptionError("commit needs the image that the disk was built from", hint="name it with --base IMAGE")
     kind = tree_format(options.base)
-    if kind not in _IMAGES:
+    if kind not in IMAGE_FORMATS:
         raise OptionError(
             f"the base {options.base!r} is no container image", hint="OCI, oci-archive, docker-archive, docker://"
         )
     limits = options.extract.convert.limits
-    name = options.base if kind == "docker" else options.base.removeprefix(f"{kind}:")
+    _, name = split_prefix(options.base)
     tell = fetching(on_progress)
     return open_image(name, format=kind, platform=options.extract.platform, limits=limits, on_fetch=tell)
 

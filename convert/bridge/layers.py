@@ -22,6 +22,7 @@ from diskmorph.formats.ext4 import Ext4Options, Ext4Writer
 from diskmorph.formats.oci import open_image
 from diskmorph.formats.policy import Parents
 from diskmorph.formats.tree import Tree
+from diskmorph.formats.tree_names import IMAGE_FORMATS, split_prefix
 from diskmorph.formats.trees import tree_format
 
 if TYPE_CHECKING:
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
     from diskmorph.formats.disk import Disk
     from diskmorph.formats.ext4.writer import State
     from diskmorph.formats.oci import Image
-
-_IMAGES = ("oci", "oci-archive", "docker-archive", "docker")
 
 
 def build_layers(
@@ -67,13 +66,13 @@ def _open(
     source: str | os.PathLike[str] | Tree, options: BuildOptions, on_progress: Callable[[Progress], None] | None
 ) -> Image:
     kind = None if isinstance(source, Tree) else options.convert.source_format or tree_format(source)
-    if isinstance(source, Tree) or kind not in _IMAGES:
+    if isinstance(source, Tree) or kind not in IMAGE_FORMATS:
         raise OptionError(
             "--layers needs a container image", hint="an OCI layout or archive, a docker-archive, docker://"
         )
-    name = os.fspath(source)
+    _, name = split_prefix(os.fspath(source))
     return open_image(
-        name if kind == "docker" else name.removeprefix(f"{kind}:"),
+        name,
         format=kind,
         platform=options.platform,
         limits=options.convert.limits,

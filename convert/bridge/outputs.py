@@ -16,6 +16,7 @@ from diskmorph.formats.errors import OptionError, TargetError
 from diskmorph.formats.oci.writer import ArchiveSink, NewImage, encoded, write_blobs, write_docker, write_layout
 from diskmorph.formats.output import FileTarget
 from diskmorph.formats.tar import TarOptions, tar_disk
+from diskmorph.formats.tree_names import IMAGE_FORMATS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -43,7 +44,7 @@ class Output:
     @property
     def is_image(self) -> bool:
         """Whether it is a container image."""
-        return self.kind in {"oci", "oci-archive", "docker-archive", "docker"}
+        return self.kind in IMAGE_FORMATS
 
 
 def parse_output(target: str, format: str | None = None) -> Output:

@@ -7,12 +7,13 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from diskmorph.convert.bridge.extract import extract, write_output
+from diskmorph.convert.bridge.extract import extract, opened_tree, write_output
 from diskmorph.convert.bridge.options import ExtractOptions
-from diskmorph.convert.bridge.outputs import fetching, parse_output
+from diskmorph.convert.bridge.outputs import parse_output
 from diskmorph.convert.options import ConvertOptions
 from diskmorph.formats.tree import Tree
-from diskmorph.formats.trees import open_tree, tree_format
+from diskmorph.formats.tree_names import TREE_FORMATS
+from diskmorph.formats.trees import tree_format
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,10 +39,9 @@ def convert_tree(
         tree = source
     else:
         kind = wanted.convert.source_format or _kind(source)
-        if kind not in {"directory", "tar", "iso", "oci", "oci-archive", "docker-archive", "docker"}:
+        if kind not in TREE_FORMATS:
             return extract(source, target, options=wanted, on_progress=on_progress)
-        name = os.fspath(source)  # type: ignore[arg-type]
-        tree = open_tree(name, format=kind, limits=wanted.convert.limits, on_fetch=fetching(on_progress))
+        tree = opened_tree(source, wanted, on_progress)
     try:
         output = parse_output(os.fspath(target), wanted.convert.target_format)
         report = write_output(tree, output, wanted, on_progress)

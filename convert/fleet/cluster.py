@@ -80,10 +80,10 @@ def connected(options: ClusterOptions) -> Iterator[Any]:
 
 def _require_scheduler(address: str, patience: float) -> None:
     """Raise FleetError where nothing at an address speaks as Dask does; a Client that fails would linger, and talk."""
-    import asyncio  # noqa: PLC0415
+    import asyncio  # noqa: PLC0415 - loads when used
 
-    from distributed.core import connect  # noqa: PLC0415
-    from distributed.security import Security  # noqa: PLC0415
+    from distributed.core import connect  # noqa: PLC0415 - loads when used
+    from distributed.security import Security  # noqa: PLC0415 - loads when used
 
     async def greet() -> None:
         words = Security().get_connection_args("client")
@@ -107,10 +107,10 @@ def _require_scheduler(address: str, patience: float) -> None:
 @contextlib.contextmanager
 def _local(options: ClusterOptions) -> Iterator[Any]:
     """Lend a cluster on this machine: processes of one thread each."""
-    import logging  # noqa: PLC0415
+    import logging  # noqa: PLC0415 - loads when used
 
-    import dask  # noqa: PLC0415
-    from distributed import LocalCluster  # noqa: PLC0415
+    import dask  # noqa: PLC0415 - loads when used
+    from distributed import LocalCluster  # noqa: PLC0415 - loads when used
 
     count = options.workers or len(os.sched_getaffinity(0))
     if options.per_host is not None:

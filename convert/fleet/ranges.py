@@ -72,7 +72,7 @@ def split_of(row: Row, run: RunOptions, token: str) -> Split | None:
     if not _may_split(row):
         return None
     from diskmorph.convert.job import refuse_own_files  # noqa: PLC0415 - loads the pipeline
-    from diskmorph.convert.plan import make_plan  # noqa: PLC0415
+    from diskmorph.convert.plan import make_plan  # noqa: PLC0415 - loads when used
 
     target, options = cast("str", row.target), cast("ConvertOptions", row.options)
     with make_plan(row.source, target, options) as plan, marks.marked(mark(token, run.run)):
@@ -100,7 +100,7 @@ def _may_split(row: Row) -> bool:
     if row.verb != "convert" or target is None or (is_url(target) and not target.startswith("s3://")):
         return False
     from diskmorph.convert.job import convert  # noqa: PLC0415 - loads the pipeline
-    from diskmorph.convert.routes import converter  # noqa: PLC0415
+    from diskmorph.convert.routes import converter  # noqa: PLC0415 - loads when used
 
     options = cast("ConvertOptions", row.options)
     plain = options.base is None and options.compress is None and not options.verify and not options.device
@@ -114,7 +114,7 @@ def write_range(row: Row, run: RunOptions, split: Split, start: int, stop: int) 
     Raises what converting raises; IntegrityError where the source is another one by now, TargetError where the place
     is gone, for then the row has ended.
     """
-    from diskmorph.convert.fleet.worker import slot  # noqa: PLC0415
+    from diskmorph.convert.fleet.worker import slot  # noqa: PLC0415 - loads when used
 
     with slot(run):
         if token_of(row) != split.token:
@@ -131,10 +131,10 @@ def write_range(row: Row, run: RunOptions, split: Split, start: int, stop: int) 
 def _write(row: Row, run: RunOptions, split: Split, start: int, stop: int) -> Piece:
     from diskmorph.convert.copy import run as move  # noqa: PLC0415 - loads the pipeline
     from diskmorph.convert.fleet.perform import worker_options  # noqa: PLC0415 - which takes this module
-    from diskmorph.convert.fleet.worker import Pulse  # noqa: PLC0415
-    from diskmorph.convert.job import transfer_of  # noqa: PLC0415
-    from diskmorph.convert.plan import make_plan, new_allocator  # noqa: PLC0415
-    from diskmorph.formats.views import Slice  # noqa: PLC0415
+    from diskmorph.convert.fleet.worker import Pulse  # noqa: PLC0415 - loads when used
+    from diskmorph.convert.job import transfer_of  # noqa: PLC0415 - loads when used
+    from diskmorph.convert.plan import make_plan, new_allocator  # noqa: PLC0415 - loads when used
+    from diskmorph.formats.views import Slice  # noqa: PLC0415 - loads when used
 
     # Of the format's options there is one, preallocation; the whole file was reserved when it was made.
     options = replace(
@@ -168,9 +168,9 @@ def finish_split(row: Row, run: RunOptions, split: Split, pieces: Sequence[Piece
 
     `begun`: when the row was started, in seconds since 1970. Raises TargetError, AwsError.
     """
-    from diskmorph.convert.digest import digest  # noqa: PLC0415
+    from diskmorph.convert.digest import digest  # noqa: PLC0415 - loads when used
     from diskmorph.convert.fleet.perform import told  # noqa: PLC0415 - which takes this module
-    from diskmorph.convert.fleet.worker import here  # noqa: PLC0415
+    from diskmorph.convert.fleet.worker import here  # noqa: PLC0415 - loads when used
 
     pieces = sorted(pieces, key=lambda piece: piece.start)
     if split.kind == SNAPSHOT:
@@ -193,7 +193,7 @@ def finish_split(row: Row, run: RunOptions, split: Split, pieces: Sequence[Piece
 
 
 def _report(row: Row, split: Split, moved: dict[str, int], seconds: float, digest: str | None) -> ConvertReport:
-    from diskmorph.convert.options import ConvertReport, Moved  # noqa: PLC0415
+    from diskmorph.convert.options import ConvertReport, Moved  # noqa: PLC0415 - loads when used
 
     target = cast("str", row.target)
     return ConvertReport(

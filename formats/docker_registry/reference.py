@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 
 from diskmorph.formats.errors import OptionError
+from diskmorph.formats.tree_names import REGISTRY_PREFIXES
 
 # OCI distribution-spec 1.1, "Pulling manifests": <name> and <reference>; host and port as in docker's references.
 _NAME = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*")
@@ -15,14 +16,13 @@ _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}")
 _LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?"
 _HOST = re.compile(rf"(?:{_LABEL}(?:\.{_LABEL})*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{{1,5}})?")
-_SCHEMES = ("docker://", "docker+http://")
 _LONGEST_NAME = 255
 _HUB = "docker.io"
 
 
 def is_reference(name: str | os.PathLike[str]) -> bool:
     """Return whether a name that the user gave is that of an image in a registry."""
-    return isinstance(name, str) and name.startswith(_SCHEMES)
+    return isinstance(name, str) and name.startswith(REGISTRY_PREFIXES)
 
 
 def is_local(host: str) -> bool:
@@ -61,7 +61,7 @@ class Reference:
         return self.digest or self.tag or "latest"
 
     def __str__(self) -> str:
-        scheme = _SCHEMES[self.plain]
+        scheme = REGISTRY_PREFIXES[self.plain]
         tag = f":{self.tag}" if self.tag else ""
         return f"{scheme}{self.host}/{self.name}{tag}" + (f"@{self.digest}" if self.digest else "")
 
@@ -71,7 +71,7 @@ def parse_reference(text: str) -> Reference:
 
     `docker+http://` asks for plain http. Raises OptionError.
     """
-    scheme = next((one for one in _SCHEMES if text.startswith(one)), None)
+    scheme = next((one for one in REGISTRY_PREFIXES if text.startswith(one)), None)
     if scheme is None:
         raise OptionError(f"{text!r} names no image in a registry", hint="docker://HOST/NAME:TAG")
     rest, at, digest = text[len(scheme) :].partition("@")
@@ -90,4 +90,4 @@ def parse_reference(text: str) -> Reference:
         raise OptionError(f"{text!r} names no image in a registry", hint="docker://HOST/NAME:TAG, NAME in lower case")
     if colon and not _TAG.fullmatch(tag):
         raise OptionError(f"{tag[:80]!r} is no tag", hint="letters, digits, '.', '_' and '-', 128 at most")
-    return Reference(host, name, tag or (None if at else "latest"), digest or None, scheme == _SCHEMES[1])
+    return Reference(host, name, tag or (None if at else "latest"), digest or None, scheme == REGISTRY_PREFIXES[1])
