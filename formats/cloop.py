@@ -15,6 +15,7 @@ from diskmorph.formats.check import WARNING, CheckReport
 from diskmorph.formats.disk import ImageDisk, ImageInfo
 from diskmorph.formats.errors import FormatError, OptionError, UnsupportedError
 from diskmorph.formats.extents import BATCH, CODEC_NAMES, DATA, EXTENT, LZ4, LZMA, LZO, PLAIN, ZLIB, clip
+from diskmorph.formats.rows import distinct
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -100,7 +101,7 @@ class CloopDisk(ImageDisk):
         self.identity = {}
         self.codecs = self._codecs(kinds)
         self._require_places()
-        names = [CODEC_NAMES[codec] for codec in np.unique(self.codecs).tolist()]
+        names = [CODEC_NAMES[codec] for codec in distinct(self.codecs).tolist()]
         features = {"version": version, "header": "last" if self.header_place else "first", "codecs": names}
         self.info = ImageInfo("cloop", version, self.size, self.sector_size, self.block_size, features)
 

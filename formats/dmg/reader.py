@@ -14,6 +14,7 @@ from diskmorph.formats.dmg import schema as s
 from diskmorph.formats.dmg.tables import Table, read_tables, read_trailer
 from diskmorph.formats.errors import DiskmorphError, FormatError, UnsupportedError
 from diskmorph.formats.extents import BATCH, CODEC_NAMES, DATA, EXTENT, HOLE, PLAIN, ZERO, clip, stops
+from diskmorph.formats.rows import distinct
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -59,7 +60,7 @@ class DmgDisk(ImageDisk):
 
     def _described(self) -> ImageInfo:
         data = self.rows[self.rows["kind"] == DATA]
-        codecs = [int(codec) for codec in np.unique(data["codec"])]
+        codecs = [int(codec) for codec in distinct(data["codec"])]
         compressed = [codec for codec in codecs if codec != PLAIN]
         kind = compressed or codecs
         names = [table.name for table in self.tables if table.name]
