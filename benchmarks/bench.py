@@ -8,6 +8,9 @@
 Whole processes are timed, start-up included, warm cache, synced and not. The disk holds real files of this machine
 (`--data` bytes of them in an ext4). XFS needs root (a loop mount). The peer's flags are `-W -m 16`. "of limit" is the
 time that the kernel alone takes to copy the disk's data (cp), as a share of ours.
+
+A virtual machine may give its free memory back to its host, and gets it again page by page, which takes longer than the
+conversions themselves. So before each run as much memory as it needs is touched and freed; `--warm 0` leaves that out.
 """
 
 from __future__ import annotations
@@ -53,6 +56,12 @@ def pair(name: str, source: str, target: str, ext4: float, *, ours: str = "", pe
     return Pair(name, source, ("-O", target, *ours.split()), ("-O", theirs, *peer.split()), target, goal)
 
 
+_WARM = """
+import mmap, sys
+memory = mmap.mmap(-1, int(sys.argv[1]), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+memory.madvise(mmap.MADV_HUGEPAGE)
+memory[:: mmap.PAGESIZE] = bytes(len(memory) // mmap.PAGESIZE)
+"""
 STREAM = "-o subformat=streamOptimized"
 PAIRS = (
     pair("raw-qcow2", "raw", "qcow2", 0.6),
@@ -187,11 +196,18 @@ class Run:
     size: int
 
 
-def timed(argv: list[str], target: Path, *, sync_after: bool) -> Run:
+def warm(size: int) -> None:
+    """Touch and free `size` bytes of memory, in a process of its own."""
+    if size:
+        subprocess.run([sys.executable, "-c", _WARM, str(size)], check=True)
+
+
+def timed(argv: list[str], target: Path, *, sync_after: bool, warmed: int) -> Run:
     """Run a command; `sync_after` adds an fsync of the target, as its own measure."""
     for left in target.parent.glob(target.stem + "*"):
         left.unlink()
     os.sync()
+    warm(warmed)
     begun = time.monotonic()
     child = subprocess.Popen(argv, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(child.pid, 0)
@@ -209,7 +225,7 @@ def timed(argv: list[str], target: Path, *, sync_after: bool) -> Run:
 
 
 def measure(
-    pair: Pair, sources: Sources, out: Path, runs: int, peer: str, *, sync: bool, blocks: bool
+    pair: Pair, sources: Sources, out: Path, runs: int, peer: str, *, sync: bool, blocks: bool, warmed: int
 ) -> tuple[list[Run], list[Run]]:
     """Run ours and the peer's in alternation."""
     path, word = sources.get(pair.source)
@@ -224,9 +240,9 @@ def measure(
     mine, others = [], []
     for side in order(runs, blocks=blocks):
         if side == 0:
-            mine.append(timed(ours, target, sync_after=False))
+            mine.append(timed(ours, target, sync_after=False, warmed=warmed))
         else:
-            others.append(timed(theirs, target, sync_after=sync))
+            others.append(timed(theirs, target, sync_after=sync, warmed=warmed))
     for left in out.glob(target.stem + "*"):
         left.unlink()
     return mine, others
@@ -261,12 +277,13 @@ def file_system(kind: str, base: Path, data: int) -> Iterator[Path]:
         yield where
 
 
-def limit(raw: Path, room: Path) -> float:
+def limit(raw: Path, room: Path, warmed: int) -> float:
     """Return the seconds that the kernel alone takes for the disk's data: cp's copy_file_range, or its clone."""
     target = room / "limit.raw"
     taken = []
     for _ in range(3):
-        taken.append(timed(["cp", "--sparse=auto", "--reflink=auto", str(raw), str(target)], target, sync_after=False))
+        argv = ["cp", "--sparse=auto", "--reflink=auto", str(raw), str(target)]
+        taken.append(timed(argv, target, sync_after=False, warmed=warmed))
         target.unlink()
     return statistics.median(run.seconds for run in taken)
 
@@ -286,6 +303,12 @@ def report(pair: Pair, kind: str, mine: list[Run], others: list[Run], bare: floa
     )
 
 
+def _available() -> int:
+    """Return the bytes of memory that programs can have now."""
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(lines["MemAvailable"].split()[0]) * 1024
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("-k", default="*", metavar="GLOB", help="only pairs whose name matches")
@@ -296,7 +319,9 @@ def main() -> None:
     parser.add_argument("--folder", default=None, help="where sources are kept between runs")
     parser.add_argument("--blocks", action="store_true", help="each side's runs in a row instead of in alternation")
     parser.add_argument("--sync", default="cached,synced")
+    parser.add_argument("--warm", type=int, default=None, help="bytes of memory touched before each run")
     options = parser.parse_args()
+    warmed = min(2 * options.data, _available() // 4) if options.warm is None else options.warm
     base = Path(options.folder or tempfile.gettempdir())
     kept = base / f"bench-sources-{options.data}"
     kept.mkdir(parents=True, exist_ok=True)
@@ -316,13 +341,20 @@ def main() -> None:
                 raw = Sources(kept, options.data, options.peer).get("raw")[0]
                 subprocess.run(["cp", "--sparse=always", raw, here / "raw.img"], check=True)
             sources = Sources(here, options.data, options.peer)
-            bare = limit(sources.get("raw")[0], room)
+            bare = limit(sources.get("raw")[0], room, warmed)
             for pair in PAIRS:
                 if not fnmatch.fnmatch(pair.name, options.k):
                     continue
                 for mode in options.sync.split(","):
                     mine, others = measure(
-                        pair, sources, room, options.runs, options.peer, sync=mode == "synced", blocks=options.blocks
+                        pair,
+                        sources,
+                        room,
+                        options.runs,
+                        options.peer,
+                        sync=mode == "synced",
+                        blocks=options.blocks,
+                        warmed=warmed,
                     )
                     plain = bare if pair.source == "raw" and pair.name in PLAIN and mode == "cached" else None
                     report(pair, kind, mine, others, plain, sync=mode == "synced")

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from diskmorph.formats.disk import Disk
     from diskmorph.formats.output import Target
 
-_CAPACITY = 1 << 21
+_CAPACITY = 1 << 22
 """Bytes that a worker reads at once: small enough to stay in a processor's cache until they are written."""
 _RATED = 256 << 10
 _TINY = 4 << 20

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -116,6 +115,8 @@ class _Spool(FileSource):
 def spooled() -> FileSource:
     """Copy standard input into a nameless sparse file (in TMPDIR) and return that. Raises SourceError."""
     try:
+        import tempfile  # noqa: PLC0415 - standard input only
+
         with tempfile.TemporaryFile(prefix="diskmorph-") as spool:
             size = _copy_sparse(sys.stdin.buffer.fileno(), spool.fileno())
             os.ftruncate(spool.fileno(), size)

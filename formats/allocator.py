@@ -6,10 +6,8 @@ One owner thread calls, in this order: `begin` once; then for ascending disk ran
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
-import uuid
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +19,7 @@ from diskmorph.formats.errors import OptionError
 from diskmorph.formats.extents import PLAIN
 
 if TYPE_CHECKING:
+    import uuid
     from collections.abc import Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
@@ -159,10 +158,14 @@ class Identity:
         """Return `length` bytes (at most 64) for `label`."""
         if self._seed is None:
             return os.urandom(length)
+        import hashlib  # noqa: PLC0415 - it loads OpenSSL, and most images are not reproducible
+
         return hashlib.blake2b(label.encode(), key=self._seed[:64], digest_size=length).digest()
 
     def uuid(self, label: str) -> uuid.UUID:
         """Return a version 4 UUID for `label`."""
+        import uuid  # noqa: PLC0415 - not every format has one
+
         return uuid.UUID(bytes=self.bytes(f"uuid/{label}", 16), version=4)
 
     def u32(self, label: str) -> int:

@@ -10,7 +10,6 @@ import contextlib
 import errno
 import json
 import os
-import secrets
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
@@ -86,7 +85,7 @@ def _set(fd: int, path: Path, mark: str) -> None:
 
 def _set_beside(status: os.stat_result, path: Path, mark: str) -> None:
     beside = _beside(path)
-    building = beside.with_name(f"{beside.name}.{secrets.token_hex(4)}")
+    building = beside.with_name(f"{beside.name}.{os.urandom(4).hex()}")
     building.write_text(json.dumps({"file": _identity(status), "mark": mark}))
     building.rename(beside)
 

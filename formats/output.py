@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
 import stat
 import threading
 from abc import ABC, abstractmethod
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, BinaryIO, Protocol, Self
 
 from diskmorph.formats.errors import IntegrityError, TargetError
 from diskmorph.formats.marks import attach
+from diskmorph.formats.reserving import LEAST, gains
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -99,6 +99,7 @@ class FileMember(Member):
         # processor from those who could read meanwhile; those who wait for this sleep.
         self._turn = threading.Lock()
         self._fd = self._create() if keeper is None else self._resume(keeper)
+        self._reserving = gains(self._fd)
 
     def _resume(self, keeper: Keeper) -> int:
         name = f".{self.path.name[:200]}.{keeper.suffix}.part"
@@ -121,7 +122,7 @@ class FileMember(Member):
             flags = os.O_RDWR | os.O_CLOEXEC
             with contextlib.suppress(OSError, AttributeError):
                 return os.open(self.path.parent, flags | os.O_TMPFILE, 0o666)
-            self._temporary = f".{self.path.name[:200]}.{secrets.token_hex(4)}.part"
+            self._temporary = f".{self.path.name[:200]}.{os.urandom(4).hex()}.part"
             return os.open(self._temporary, flags | os.O_CREAT | os.O_EXCL, 0o666, dir_fd=self._directory)
         except OSError as error:
             raise _failed(error, self.name, "created") from error
@@ -131,11 +132,20 @@ class FileMember(Member):
         view = memoryview(data).cast("B")
         try:
             with self._turn:
+                if self._reserving and len(view) >= LEAST:
+                    self._make_room(offset, len(view))
                 while view:
                     count = os.pwrite(self._fd, view, offset)
                     offset, view = offset + count, view[count:]
         except OSError as error:
             raise _failed(error, self.name) from error
+
+    def _make_room(self, offset: int, length: int) -> None:
+        """Reserve a range that is written next. Where that fails, the write finds out why, or does without."""
+        try:
+            os.posix_fallocate(self._fd, offset, length)
+        except OSError:
+            self._reserving = False
 
     def fileno(self) -> int | None:
         """See Member."""
@@ -177,7 +187,7 @@ class FileMember(Member):
                 self.discard()
                 return
             if self._temporary is None:
-                name = f".{self.path.name[:200]}.{secrets.token_hex(4)}.part"
+                name = f".{self.path.name[:200]}.{os.urandom(4).hex()}.part"
                 self._link(name)
                 self._temporary = name
             os.rename(self._temporary, self.path.name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
@@ -309,7 +319,7 @@ class FileTarget(Target):
         moved: list[tuple[str, str]] = []
         for member in self._opened:
             name = member.path.name
-            old = f".{name[:200]}.{secrets.token_hex(4)}.old"
+            old = f".{name[:200]}.{os.urandom(4).hex()}.old"
             try:
                 os.rename(name, old, src_dir_fd=self._directory, dst_dir_fd=self._directory)
             except FileNotFoundError:
