@@ -5,6 +5,7 @@ All functions work on whole arrays; nothing here makes a Python object per row.
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,6 +44,9 @@ CODEC_NAMES = ("plain", "deflate", "zlib", "zstd", "bzip2", "lzma", "lzo", "adc"
 BATCH = 1 << 15
 """Rows of a batch, about: what `extents()` yields at once (1.3 MB)."""
 
+_RUNS = 1 << 12
+"""Runs of a file that are asked for before the first of them is dealt with."""
+
 Rows = "NDArray[np.void]"
 
 
@@ -61,6 +65,20 @@ def row(
     rows = np.zeros(1, EXTENT)
     rows[0] = (start, length, offset, stored, skip, file, kind, codec, 0, 0)
     return rows
+
+
+def plain_runs(runs: Iterator[tuple[int, int, bool]], *, base: int = 0, hole: int = HOLE) -> Iterator[NDArray[np.void]]:
+    """Yield the extents of a plain disk that begins at `base` of its file, whose `runs` are what ByteSource.runs tells.
+
+    `hole` is the kind of what is not allocated.
+    """
+    while part := list(islice(runs, _RUNS)):
+        at, length, allocated = np.array(part, np.uint64).T
+        rows = np.zeros(len(part), EXTENT)
+        rows["start"], rows["length"] = at - np.uint64(base), length
+        rows["offset"] = np.where(allocated, at, np.uint64(0))
+        rows["kind"] = np.where(allocated, DATA, hole)
+        yield rows
 
 
 def stops(rows: NDArray[np.void]) -> NDArray[np.uint64]:
@@ -156,16 +174,20 @@ def _perhaps(rows: NDArray[np.void]) -> NDArray[np.intp]:
 def coalesced(batches: Iterable[NDArray[np.void]], most: int = BATCH) -> Iterator[NDArray[np.void]]:
     """Merge neighbours within and across batches, join small batches and split large ones: about `most` rows each."""
     held: list[NDArray[np.void]] = []
+    count = 0
     for batch in batches:
         if not len(batch):
             continue
         rows = coalesce(batch)
         if held:
-            rows = _sewn(held, rows)
-        if sum(map(len, held)) >= most // 2:
+            sewn = _sewn(held, rows)
+            count -= sewn is not rows  # the last row held went into the first of these
+            rows = sewn
+        if count >= most // 2:
             yield from _portions(held, most)
-            held = []
+            held, count = [], 0
         held.append(rows)
+        count += len(rows)
     yield from _portions(held, most)
 
 

@@ -10,7 +10,7 @@ from diskmorph.formats.allocator import PLACED, Allocator, NewImage, Option, Opt
 from diskmorph.formats.check import CheckReport
 from diskmorph.formats.disk import ImageDisk, ImageInfo
 from diskmorph.formats.errors import OptionError, UnsupportedError
-from diskmorph.formats.extents import DATA, HOLE, PLAIN, row
+from diskmorph.formats.extents import DATA, PLAIN, plain_runs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -37,8 +37,7 @@ class RawDisk(ImageDisk):
         self.info = ImageInfo("raw", None, self.size, self.sector_size, None)
 
     def _extents(self, start: int, stop: int) -> Iterator[NDArray[np.void]]:
-        for at, length, allocated in self.files[0].runs(start, stop):
-            yield row(at, length, DATA, offset=at) if allocated else row(at, length, HOLE)
+        return plain_runs(self.files[0].runs(start, stop))
 
 
 def open_image(source: ByteSource, context: OpenContext) -> RawDisk:

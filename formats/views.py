@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from diskmorph.formats.disk import Disk
-from diskmorph.formats.extents import ABSENT, DATA, EXTENT, HOLE, ZERO, clip, cut, row, stops
+from diskmorph.formats.extents import ABSENT, DATA, EXTENT, HOLE, ZERO, clip, cut, plain_runs, row, stops
 from diskmorph.formats.rows import copied, either, joined
 from diskmorph.formats.source import ByteSource, BytesSource, WindowSource
 
@@ -52,8 +52,7 @@ class SourceDisk(Disk):
         self.name = source.name
 
     def _extents(self, start: int, stop: int) -> Iterator[NDArray[np.void]]:
-        for at, length, allocated in self.files[0].runs(start, stop):
-            yield row(at, length, DATA, offset=at) if allocated else row(at, length, HOLE)
+        return plain_runs(self.files[0].runs(start, stop))
 
 
 class Memory(SourceDisk):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from diskmorph.formats.check import CheckReport
 from diskmorph.formats.disk import ImageDisk, ImageInfo
 from diskmorph.formats.errors import OptionError, UnsupportedError
-from diskmorph.formats.extents import DATA, HOLE, row
+from diskmorph.formats.extents import plain_runs
 from diskmorph.formats.iso.reader import describe, open_tree
 
 if TYPE_CHECKING:
@@ -41,8 +41,7 @@ class IsoDisk(ImageDisk):
         self.info = ImageInfo("iso", None, self.size, 512, None, features, warnings=warnings)
 
     def _extents(self, start: int, stop: int) -> Iterator[NDArray[np.void]]:
-        for at, length, allocated in self.files[0].runs(start, stop):
-            yield row(at, length, DATA, offset=at) if allocated else row(at, length, HOLE)
+        return plain_runs(self.files[0].runs(start, stop))
 
 
 def open_image(source: ByteSource, context: OpenContext) -> IsoDisk:

@@ -13,7 +13,7 @@ import numpy as np
 
 from diskmorph.formats.disk import ImageDisk, ImageInfo
 from diskmorph.formats.errors import FormatError, UnsupportedError
-from diskmorph.formats.extents import ABSENT, DATA, HOLE, clip, cut, from_units, row
+from diskmorph.formats.extents import ABSENT, DATA, EXTENT, HOLE, clip, cut, from_units, plain_runs
 from diskmorph.formats.vhd.footer import Footers, disk_size, read_footers
 from diskmorph.formats.vhd.parent import parent_of
 from diskmorph.formats.vhd.schema import (
@@ -97,8 +97,7 @@ class FixedDisk(VhdDisk):
             )
 
     def _extents(self, start: int, stop: int) -> Iterator[NDArray[np.void]]:
-        for at, length, allocated in self.files[0].runs(start, stop):
-            yield row(at, length, DATA, offset=at) if allocated else row(at, length, HOLE)
+        return plain_runs(self.files[0].runs(start, stop))
 
 
 class DynamicDisk(VhdDisk):
@@ -218,7 +217,7 @@ class DynamicDisk(VhdDisk):
         edges = np.diff(np.unpackbits(bitmaps, axis=1).view(np.int8), axis=1, prepend=0, append=0)
         index, begins = np.nonzero(edges == 1)
         ends = np.nonzero(edges == -1)[1]
-        rows = np.zeros(len(index), row(0, 0, DATA).dtype)
+        rows = np.zeros(len(index), EXTENT)
         within = begins.astype(np.uint64) * np.uint64(SECTOR)
         rows["start"] = blocks[index] * np.uint64(self.block_size) + within
         rows["length"] = (ends - begins).astype(np.uint64) * np.uint64(SECTOR)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from diskmorph.formats.errors import FormatError
-from diskmorph.formats.extents import DATA, EXTENT, HOLE, PLAIN, ZERO, clip, require_within, row
+from diskmorph.formats.extents import DATA, EXTENT, HOLE, PLAIN, ZERO, clip, plain_runs, require_within, row
 from diskmorph.formats.vmdk.schema import SECTOR
 
 if TYPE_CHECKING:
@@ -83,9 +83,9 @@ class FlatExtent(Extent):
         """See Extent."""
         if self.source is None:
             return
-        for at, length, allocated in self.source.runs(self._offset + start, self._offset + stop):
-            begin = at - self._offset
-            yield row(begin, length, DATA, offset=at) if allocated else row(begin, length, self._hole)
+        yield from plain_runs(
+            self.source.runs(self._offset + start, self._offset + stop), base=self._offset, hole=self._hole
+        )
 
 
 class GrainTables(Extent):
