@@ -114,22 +114,16 @@ def make_disk(path: Path, data: int) -> None:
     shutil.rmtree(tree)
 
 
-def shuffled(source: Path, target: Path, size: int) -> None:
-    """Write a qcow2 whose 64 KiB clusters lie in random order."""
+def shuffled(target: Path, size: int, peer: str) -> None:
+    """Write a qcow2 of `size` bytes, all of them stored, whose 64 KiB clusters lie in random order."""
     import random
 
-    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", target, str(size)], check=True)
     chunk = 64 * 1024
-    order = [i for i in range(size // chunk)]
+    order = list(range(size // chunk))
     random.Random(1).shuffle(order)
-    wanted = set(order[: 256 * MIB // chunk])
-    commands = [f"write -s {source} {i * chunk} {chunk}" for i in order if i in wanted]
-    batch = target.with_suffix(".chunk")
-    with source.open("rb") as raw:
-        batch.write_bytes(raw.read(chunk))
-    lines = "\n".join(f"write -q -P {1 + i % 250} {line.split()[-2]} {chunk}" for i, line in enumerate(commands))
+    lines = "\n".join(f"write -q -P {1 + i % 250} {i * chunk} {chunk}" for i in order)
+    subprocess.run([peer, "create", "-q", "-f", "qcow2", target, str(size)], check=True)
     subprocess.run(["qemu-io", "-f", "qcow2", target], input=lines.encode(), check=True, stdout=subprocess.DEVNULL)
-    batch.unlink()
 
 
 def fragmented(target: Path) -> None:
@@ -172,10 +166,10 @@ class Sources:
         if name == "fragmented":
             fragmented(path)
             return
-        raw, _ = self.get("raw")
         if name == "shuffled":
-            shuffled(raw, path, min(4 * self.data, 2 * GIB))
+            shuffled(path, self.data, self.peer)
             return
+        raw, _ = self.get("raw")
         words = {
             "qcow2": ["-O", "qcow2"],
             "vmdk": ["-O", "vmdk"],

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
+from diskmorph.convert.ahead import read_ahead
 from diskmorph.convert.buffers import meet
 from diskmorph.convert.clone import clone_range
 from diskmorph.convert.passing import Stream
@@ -146,13 +147,14 @@ class Reader:
         disk = self.disk
         names = ("file", "offset", "stored", "codec")
         skips = (rows["skip"] + ahead).tolist()
-        for file, offset, stored, codec, skip, place, count in zip(
-            *(rows[name].tolist() for name in names), skips, at.tolist(), length.tolist(), strict=True
+        held_of = read_ahead(disk.files, rows)
+        for file, offset, stored, codec, skip, place, count, held in zip(
+            *(rows[name].tolist() for name in names), skips, at.tolist(), length.tolist(), held_of, strict=True
         ):
             if streams is None:
-                unit = disk.decode_unit(file, offset, stored, codec, skip + count)
+                unit = disk.decode_unit(file, offset, stored, codec, skip + count, held)
             else:
-                unit, stream = disk.encoded_unit(file, offset, stored, codec, skip + count)
+                unit, stream = disk.encoded_unit(file, offset, stored, codec, skip + count, held)
                 if len(stream) and count == len(unit):
                     streams[place] = Stream(codec, stream, count)
             buffer[place : place + count] = unit[skip : skip + count] if len(unit) != count else unit

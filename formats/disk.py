@@ -116,24 +116,33 @@ class Disk(ABC):
                 cache.popitem(last=False)
         return unit
 
-    def decode_unit(self, file: int, offset: int, stored: int, codec: int, least: int) -> bytes:
-        """Return one encoded unit decoded: `unit_size()` bytes, or `least` where that is unknown."""
-        source = self.files[file]
-        data = source.read_upto(offset, stored)
+    def decode_unit(
+        self, file: int, offset: int, stored: int, codec: int, least: int, held: ByteSource | None = None
+    ) -> bytes:
+        """Return one encoded unit decoded: `unit_size()` bytes, or `least` where that is unknown.
+
+        `held` stands for the file where parts of it have been read already.
+        """
+        source = held or self.files[file]
+        data = source.view(offset, stored)
         try:
             return decode(codec, data, max(self.unit_size(), least))
         except DiskmorphError as error:
             error.structure = error.structure or "compressed data"
             raise error.located(file=source.name, format=self.format, offset=offset) from error.__cause__
 
-    def encoded_unit(self, file: int, offset: int, stored: int, codec: int, least: int) -> tuple[bytes, Buffer]:
+    def encoded_unit(
+        self, file: int, offset: int, stored: int, codec: int, least: int, held: ByteSource | None = None
+    ) -> tuple[bytes, Buffer]:
         """Return what `decode_unit` does, and the bytes that encode it, exactly; none where they can't be passed on."""
-        return self.decode_unit(file, offset, stored, codec, least), b""
+        return self.decode_unit(file, offset, stored, codec, least, held), b""
 
-    def _encoded(self, file: int, offset: int, stored: int, codec: int, least: int) -> tuple[bytes, Buffer]:
+    def _encoded(
+        self, file: int, offset: int, stored: int, codec: int, least: int, held: ByteSource | None = None
+    ) -> tuple[bytes, Buffer]:
         """Return what `encoded_unit` does, for formats that keep nothing but the stream."""
-        source = self.files[file]
-        data = source.read_upto(offset, stored)
+        source = held or self.files[file]
+        data = source.view(offset, stored)
         try:
             unit, taken = decode_exactly(codec, data, max(self.unit_size(), least))
         except DiskmorphError as error:
@@ -280,11 +289,15 @@ class _Checked(Disk):
     def unit_size(self) -> int:
         return self._disk.unit_size()
 
-    def decode_unit(self, file: int, offset: int, stored: int, codec: int, least: int) -> bytes:
-        return self._disk.decode_unit(file, offset, stored, codec, least)
+    def decode_unit(
+        self, file: int, offset: int, stored: int, codec: int, least: int, held: ByteSource | None = None
+    ) -> bytes:
+        return self._disk.decode_unit(file, offset, stored, codec, least, held)
 
-    def encoded_unit(self, file: int, offset: int, stored: int, codec: int, least: int) -> tuple[bytes, Buffer]:
-        return self._disk.encoded_unit(file, offset, stored, codec, least)
+    def encoded_unit(
+        self, file: int, offset: int, stored: int, codec: int, least: int, held: ByteSource | None = None
+    ) -> tuple[bytes, Buffer]:
+        return self._disk.encoded_unit(file, offset, stored, codec, least, held)
 
     def _extents(self, start: int, stop: int) -> Iterator[NDArray[np.void]]:
         at = start

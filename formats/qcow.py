@@ -184,9 +184,11 @@ class QcowDisk(ImageDisk):
         """Return the cluster's size."""
         return self._header.cluster
 
-    def encoded_unit(self, file: int, offset: int, stored: int, codec: int, least: int) -> tuple[bytes, Buffer]:
+    def encoded_unit(
+        self, file: int, offset: int, stored: int, codec: int, least: int, held: ByteSource | None = None
+    ) -> tuple[bytes, Buffer]:
         """See Disk."""
-        return self._encoded(file, offset, stored, codec, least)
+        return self._encoded(file, offset, stored, codec, least, held)
 
     def _table(self) -> NDArray[np.uint64]:
         """Return the L1 table: offsets of L2 tables, 0 for none. Raises FormatError where one is not in the file."""

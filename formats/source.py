@@ -15,6 +15,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 Buffer = bytes | bytearray | memoryview
+
+_ASKED = 64
+"""Parts of a file that are asked for while its descriptor is borrowed."""
 
 
 class ByteSource(ABC):
@@ -76,6 +80,10 @@ class ByteSource(ABC):
         offset = min(max(offset, 0), self.size)
         return self.read(offset, max(0, min(length, self.size - offset)))
 
+    def view(self, offset: int, length: int) -> Buffer:
+        """Return what `read_upto` does, without a copy where the bytes are in memory already."""
+        return self.read_upto(offset, length)
+
     def runs(self, start: int, stop: int) -> Iterator[tuple[int, int, bool]]:
         """Yield (start, length, allocated) over start..stop, gapless; what is not allocated reads as zeroes."""
         if stop > start:
@@ -125,6 +133,31 @@ class BytesSource(ByteSource):
         piece = self._data[offset : offset + len(buffer)]
         buffer[: len(piece)] = piece
         return len(piece)
+
+
+class HeldSource(ByteSource):
+    """A source of which `data`, from `offset` on, has been read already."""
+
+    def __init__(self, source: ByteSource, offset: int, data: memoryview) -> None:
+        self.name, self.size = source.name, source.size
+        self._source, self._offset, self._data = source, offset, data
+
+    def pread(self, offset: int, buffer: memoryview) -> int:
+        """See ByteSource."""
+        held = self._within(offset, len(buffer))
+        if held is None:
+            return self._source.pread(offset, buffer)
+        buffer[:] = held
+        return len(buffer)
+
+    def view(self, offset: int, length: int) -> Buffer:
+        """See ByteSource."""
+        held = self._within(offset, min(length, self.size - offset))
+        return self._source.read_upto(offset, length) if held is None else held
+
+    def _within(self, offset: int, length: int) -> memoryview | None:
+        at = offset - self._offset
+        return self._data[at : at + length] if at >= 0 and 0 <= length <= len(self._data) - at else None
 
 
 class WindowSource(ByteSource):
@@ -335,15 +368,15 @@ class FileSource(ByteSource):
         at = start
         while at < stop and self._seekable_holes:
             with self._pool.borrow(self) as fd:
-                found = _next_data(fd, at, stop)
-            if found is None:
+                parts = list(islice(_allocated(fd, at, stop), _ASKED))
+            if not parts:
                 break
-            begin, end = found
-            if begin > at:
-                yield at, begin - at, False
-            if end > begin:
-                yield begin, end - begin, True
-            at = max(end, begin)
+            for begin, end in parts:
+                if begin > at:
+                    yield at, begin - at, False
+                if end > begin:
+                    yield begin, end - begin, True
+                at = end
         if at < stop:
             yield at, stop - at, True
 
@@ -390,6 +423,19 @@ class FileSource(ByteSource):
 
 def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _allocated(fd: int, at: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Yield (begin, end) of the allocated parts of at..stop, an empty one for a hole at the end.
+
+    Ends before `stop` where the file system cannot tell.
+    """
+    while at < stop:
+        found = _next_data(fd, at, stop)
+        if found is None:
+            return
+        yield found
+        at = found[1]
 
 
 def _next_data(fd: int, at: int, stop: int) -> tuple[int, int] | None:

@@ -84,13 +84,17 @@ class _Derived(Disk):
         """Return the disk that file number `file` belongs to, and its number there."""
         raise NotImplementedError
 
-    def decode_unit(self, file: int, offset: int, stored: int, codec: int, least: int) -> bytes:
+    def decode_unit(
+        self, file: int, offset: int, stored: int, codec: int, least: int, held: ByteSource | None = None
+    ) -> bytes:
         owner, index = self._owner(file)
-        return owner.decode_unit(index, offset, stored, codec, least)
+        return owner.decode_unit(index, offset, stored, codec, least, held)
 
-    def encoded_unit(self, file: int, offset: int, stored: int, codec: int, least: int) -> tuple[bytes, Buffer]:
+    def encoded_unit(
+        self, file: int, offset: int, stored: int, codec: int, least: int, held: ByteSource | None = None
+    ) -> tuple[bytes, Buffer]:
         owner, index = self._owner(file)
-        return owner.encoded_unit(index, offset, stored, codec, least)
+        return owner.encoded_unit(index, offset, stored, codec, least, held)
 
     def verify_unchanged(self) -> None:
         for disk in self._parts():

@@ -80,9 +80,11 @@ class DmgDisk(ImageDisk):
         """See Disk: the largest chunk."""
         return self._largest
 
-    def decode_unit(self, file: int, offset: int, stored: int, codec: int, least: int) -> bytes:
+    def decode_unit(
+        self, file: int, offset: int, stored: int, codec: int, least: int, held: ByteSource | None = None
+    ) -> bytes:
         """See Disk: chunks have lengths of their own."""
-        del least
+        del least, held  # a chunk larger than what is asked for is kept decoded instead
         with self._lock:
             unit = self._units.setdefault(offset, _Unit())
             self._units.move_to_end(offset)

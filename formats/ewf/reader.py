@@ -128,7 +128,9 @@ class EwfDisk(ImageDisk):
         """See Disk: the chunk's size."""
         return self.chunk
 
-    def decode_unit(self, file: int, offset: int, stored: int, codec: int, least: int) -> bytes:
+    def decode_unit(
+        self, file: int, offset: int, stored: int, codec: int, least: int, held: ByteSource | None = None
+    ) -> bytes:
         """See Disk: the last chunk is as long as the disk leaves it."""
         length = self.chunk
         if self.size % self.chunk:
@@ -147,7 +149,7 @@ class EwfDisk(ImageDisk):
                 found=f"{least} bytes",
             )
         try:
-            return decode(codec, self.files[file].read_upto(offset, stored), length)
+            return decode(codec, (held or self.files[file]).view(offset, stored), length)
         except DiskmorphError as error:
             error.structure = error.structure or "compressed data"
             raise error.located(file=self.files[file].name, format=self.format, offset=offset) from error.__cause__

@@ -234,11 +234,15 @@ class _Delta(Disk):
     def unit_size(self) -> int:
         return self._layer.unit_size()
 
-    def decode_unit(self, file: int, offset: int, stored: int, codec: int, least: int) -> bytes:
-        return self._layer.decode_unit(file, offset, stored, codec, least)
+    def decode_unit(
+        self, file: int, offset: int, stored: int, codec: int, least: int, held: ByteSource | None = None
+    ) -> bytes:
+        return self._layer.decode_unit(file, offset, stored, codec, least, held)
 
-    def encoded_unit(self, file: int, offset: int, stored: int, codec: int, least: int) -> tuple[bytes, Buffer]:
-        return self._layer.encoded_unit(file, offset, stored, codec, least)
+    def encoded_unit(
+        self, file: int, offset: int, stored: int, codec: int, least: int, held: ByteSource | None = None
+    ) -> tuple[bytes, Buffer]:
+        return self._layer.encoded_unit(file, offset, stored, codec, least, held)
 
     def verify_unchanged(self) -> None:
         self._layer.verify_unchanged()
@@ -279,13 +283,17 @@ class MemberDisk(ImageDisk):
         """See Disk."""
         return self._disk.unit_size()
 
-    def decode_unit(self, file: int, offset: int, stored: int, codec: int, least: int) -> bytes:
+    def decode_unit(
+        self, file: int, offset: int, stored: int, codec: int, least: int, held: ByteSource | None = None
+    ) -> bytes:
         """See Disk."""
-        return self._disk.decode_unit(file, offset, stored, codec, least)
+        return self._disk.decode_unit(file, offset, stored, codec, least, held)
 
-    def encoded_unit(self, file: int, offset: int, stored: int, codec: int, least: int) -> tuple[bytes, Buffer]:
+    def encoded_unit(
+        self, file: int, offset: int, stored: int, codec: int, least: int, held: ByteSource | None = None
+    ) -> tuple[bytes, Buffer]:
         """See Disk."""
-        return self._disk.encoded_unit(file, offset, stored, codec, least)
+        return self._disk.encoded_unit(file, offset, stored, codec, least, held)
 
     def verify_unchanged(self) -> None:
         """See Disk."""

@@ -118,9 +118,11 @@ class Qcow2Disk(ImageDisk):
         """Return the cluster's size."""
         return self._header.cluster
 
-    def encoded_unit(self, file: int, offset: int, stored: int, codec: int, least: int) -> tuple[bytes, Buffer]:
+    def encoded_unit(
+        self, file: int, offset: int, stored: int, codec: int, least: int, held: ByteSource | None = None
+    ) -> tuple[bytes, Buffer]:
         """See Disk."""
-        return self._encoded(file, offset, stored, codec, least)
+        return self._encoded(file, offset, stored, codec, least, held)
 
     def _table(self) -> NDArray[np.uint64]:
         """Return the L2 tables' offsets, by L1 index; read once."""

@@ -295,7 +295,7 @@ class StreamExtent(HostedExtent):
         if self._skip and place + self._skip <= self.source.size:
             self._marker(self.source.read(place, self._skip), place)
 
-    def _marker(self, raw: bytes, place: int) -> tuple[int, int]:
+    def _marker(self, raw: Buffer, place: int) -> tuple[int, int]:
         """Return LBA and stored bytes by the marker at byte `place`. Raises FormatError for what cannot be."""
         marker = np.frombuffer(raw, GRAIN_MARKER, 1)[0]
         lba, size = int(marker["lba"]), int(marker["size"])
@@ -323,10 +323,10 @@ class StreamExtent(HostedExtent):
             found=found,
         )
 
-    def decode(self, offset: int, stored: int) -> tuple[bytes, Buffer]:
+    def decode(self, offset: int, stored: int, held: ByteSource | None = None) -> tuple[bytes, Buffer]:
         """See Extent: the marker's LBA must be that of a grain which the tables place here."""
         place = offset - self._skip
-        raw = self.source.read_upto(place, stored + self._skip)
+        raw = (held or self.source).view(place, stored + self._skip)
         number = None
         if self._skip:
             if len(raw) < self._skip:
@@ -346,7 +346,7 @@ class StreamExtent(HostedExtent):
                 return number
         raise self._bad("the marker names another grain than the grain table", place, "lba", "the table's grain", lba)
 
-    def _inflate(self, raw: bytes, number: int | None, offset: int) -> tuple[bytes, Buffer]:
+    def _inflate(self, raw: Buffer, number: int | None, offset: int) -> tuple[bytes, Buffer]:
         """Return a grain decoded, and what encodes it. The disk's last one may hold only what the disk still has."""
         rest = self.size % self.grain
         last = rest and (number is None or number == self.size // self.grain)

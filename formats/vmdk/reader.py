@@ -70,14 +70,18 @@ class VmdkDisk(ImageDisk):
                     yield rows
             start, index = max(start, end), index + 1
 
-    def decode_unit(self, file: int, offset: int, stored: int, codec: int, least: int) -> bytes:
+    def decode_unit(
+        self, file: int, offset: int, stored: int, codec: int, least: int, held: ByteSource | None = None
+    ) -> bytes:
         """See Disk: one compressed grain, its marker checked."""
-        return self.encoded_unit(file, offset, stored, codec, least)[0]
+        return self.encoded_unit(file, offset, stored, codec, least, held)[0]
 
-    def encoded_unit(self, file: int, offset: int, stored: int, codec: int, least: int) -> tuple[bytes, Buffer]:
+    def encoded_unit(
+        self, file: int, offset: int, stored: int, codec: int, least: int, held: ByteSource | None = None
+    ) -> tuple[bytes, Buffer]:
         """See Disk."""
         del codec, least
-        return self._by_file[file].decode(offset, stored)
+        return self._by_file[file].decode(offset, stored, held)
 
     def unit_size(self) -> int:
         """See Disk."""
