@@ -74,7 +74,7 @@ PAIRS = (
     pair("raw-raw", "raw", "raw", 1.0),
     pair("raw-qcow2-deflate", "raw", "qcow2", 0.13, ours="--compress deflate", peer="-c"),
     pair("raw-qcow2-zstd", "raw", "qcow2", 0.65, ours="--compress zstd", peer="-c -o compression_type=zstd"),
-    pair("raw-deflate-level", "raw", "qcow2", 0.25, ours="--compress deflate:3", peer="-c"),
+    pair("raw-deflate-level", "raw", "qcow2", 0.25, ours="--compress deflate:2 -o deflate_window=32K", peer="-c"),
     pair("raw-stream", "raw", "vmdk", 0.1, ours=STREAM, peer=STREAM),
     pair("deflate-raw", "deflate", "raw", 0.37),
     pair("zstd-raw", "zstd", "raw", 0.6),

@@ -1,7 +1,8 @@
 """Encoding of units for compressed targets. Decoding is formats/codecs.py's.
 
-An encoder belongs to one thread. Deflate has a 12-bit window, which every reader of qcow2 takes; its default level is
-the fastest, whose output is a few per cent larger than zlib's best. docs/python.md has the levels with their sizes.
+An encoder belongs to one thread. Deflate's window is the allocator's to choose: libdeflate, the best at all but the
+fastest levels, knows 32 KiB only. The default level is the fastest, whose output is a few per cent larger than zlib's
+best. docs/python.md has the levels with their sizes.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ if TYPE_CHECKING:
 
     from diskmorph.formats.source import Buffer
 
-    Encoder = Callable[[Buffer], bytes]
+    Encoder = Callable[[Buffer], bytes | bytearray]
 
-_WINDOW_BITS = 12  # qemu's block/qcow2-threads.c reads and writes this window
 _LEVELS = {DEFLATE: (0, 9), ZLIB: (0, 9), ZSTD: (1, 22)}
 _DEFAULT = {DEFLATE: 1, ZLIB: 1, ZSTD: 3}
 _WORDS = {"deflate": DEFLATE, "zlib": DEFLATE, "zstd": ZSTD}
 _IGZIP_BEST = 3
+_WIDE = 15
+_LIBDEFLATE = {2: 1, 3: 2}
+"""Levels of libdeflate where ours are others: igzip is level 1, so what comes next is libdeflate's fastest."""
 
 
 def parse_compress(word: str, default: int) -> tuple[int, int | None]:
@@ -39,29 +42,46 @@ def parse_compress(word: str, default: int) -> tuple[int, int | None]:
     return codec, int(level)
 
 
-def encoder(codec: int, level: int | None) -> Encoder:
-    """Return a function that encodes one unit, for use by one thread. Raises OptionError."""
+def encoder(codec: int, level: int | None, window_bits: int = _WIDE) -> Encoder:
+    """Return a function that encodes one unit, for use by one thread. Raises OptionError.
+
+    `window_bits`: 12 or 15, the largest window of deflate streams (RFC 1951) as a power of two.
+    """
     chosen = _DEFAULT.get(codec) if level is None else level
     if chosen is None:
         raise OptionError(f"nothing here writes {CODEC_NAMES[codec]}")
     if codec == ZSTD:
         return _zstd(chosen)
-    return _deflate(chosen, wrapped=codec == ZLIB)
+    wrapped = codec == ZLIB
+    if chosen < min(_LIBDEFLATE):
+        return _igzip(chosen, wrapped=wrapped, bits=window_bits)
+    if window_bits == _WIDE:
+        return _libdeflate(_LIBDEFLATE.get(chosen, chosen), wrapped=wrapped)
+    return _narrow(chosen, wrapped=wrapped, bits=window_bits)
 
 
-def _deflate(level: int, *, wrapped: bool) -> Encoder:
+def _igzip(level: int, *, wrapped: bool, bits: int) -> Encoder:
+    from isal import igzip_lib  # noqa: PLC0415 - loads when first used
+
+    flag = igzip_lib.COMP_ZLIB if wrapped else igzip_lib.COMP_DEFLATE
+    return lambda unit: igzip_lib.compress(unit, level, flag, 0, bits)
+
+
+def _libdeflate(level: int, *, wrapped: bool) -> Encoder:
+    import deflate  # noqa: PLC0415 - loads when first used
+
+    compress = deflate.zlib_compress if wrapped else deflate.deflate_compress
+    return lambda unit: compress(unit, level)
+
+
+def _narrow(level: int, *, wrapped: bool, bits: int) -> Encoder:
+    """Return an encoder with a window below 32 KiB: igzip as far as its levels go, then zlib."""
     if level <= _IGZIP_BEST:
-        from isal import igzip_lib  # noqa: PLC0415 - loads when first used
-
-        flag = igzip_lib.COMP_ZLIB if wrapped else igzip_lib.COMP_DEFLATE
-        bits = 15 if wrapped else _WINDOW_BITS
-        return lambda unit: igzip_lib.compress(unit, level, flag, 0, bits)
+        return _igzip(level, wrapped=wrapped, bits=bits)
     import zlib  # noqa: PLC0415
 
-    bits = 15 if wrapped else -_WINDOW_BITS
-
     def encode(unit: Buffer) -> bytes:
-        stream = zlib.compressobj(level, zlib.DEFLATED, bits, 9)
+        stream = zlib.compressobj(level, zlib.DEFLATED, bits if wrapped else -bits, 9)
         return stream.compress(unit) + stream.flush()
 
     return encode

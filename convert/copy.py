@@ -199,7 +199,9 @@ def _hands(
     from diskmorph.convert.codecs import encoder  # noqa: PLC0415 - plain targets need none
 
     return [
-        EncodeHand(reader, base, writer, allocator, ways, encoder(allocator.codec, allocator.level))
+        EncodeHand(
+            reader, base, writer, allocator, ways, encoder(allocator.codec, allocator.level, allocator.window_bits)
+        )
         for _ in range(count)
     ]
 

@@ -113,7 +113,7 @@ class EncodeHand:
         """Add what is written for one unit; return how many of the disk's bytes were passed through."""
         unit = buffer[at : at + self._allocator.unit]
         stream = streams.get(at)
-        through = None if stream is None else passed(stream, unit, self._allocator.codec)
+        through = None if stream is None else passed(stream, unit, self._allocator.codec, self._allocator.window_bits)
         framed = self._allocator.frame(int(row["start"]), self._encode(unit) if through is None else through)
         if len(framed) >= len(unit) and self._plain_allowed:
             row["codec"] = PLAIN

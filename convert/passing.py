@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from diskmorph.formats.allocator import Allocator
     from diskmorph.formats.source import Buffer
 
-_WINDOW_BITS = 12  # the largest window that qemu's reader of qcow2 promises to take
 _HEADER = b"\x48\x0d"  # RFC 1950: deflate with a window of 2^12 bytes
 _TRAILER = 4  # Adler-32
 
@@ -33,14 +32,18 @@ def may_pass(allocator: Allocator) -> bool:
     return allocator.level is None and not allocator.encrypted
 
 
-def passed(stream: Stream, unit: Buffer, codec: int) -> Buffer | None:
-    """Return the stream as one of `codec`, `unit` being what it decodes to; None where that takes encoding it anew."""
+def passed(stream: Stream, unit: Buffer, codec: int, window_bits: int) -> Buffer | None:
+    """Return the stream as one of `codec`, `unit` being what it decodes to; None where that takes encoding it anew.
+
+    `window_bits`: the largest window that the target's readers promise to take. A raw stream does not tell its own,
+    and is taken to be as its format wants it.
+    """
     if stream.length != len(unit):
         return None
     if stream.codec == codec:
         return stream.data
     if stream.codec == DEFLATE and codec == ZLIB:
         return b"".join((_HEADER, stream.data, zlib.adler32(unit).to_bytes(_TRAILER, "big")))
-    if stream.codec == ZLIB and codec == DEFLATE and (stream.data[0] >> 4) + 8 <= _WINDOW_BITS:
+    if stream.codec == ZLIB and codec == DEFLATE and (stream.data[0] >> 4) + 8 <= window_bits:
         return memoryview(stream.data)[len(_HEADER) : -_TRAILER]
     return None

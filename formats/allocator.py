@@ -56,6 +56,7 @@ class Allocator(ABC):
       unit come in one `place` call.
     - `codecs`: the encodings it takes, PLAIN among them where data may be stored plain; `codec`, `level`: what data
       should be encoded with (PLAIN: not at all).
+    - `window_bits`: the largest window of deflate streams that its readers take, as a power of two.
     - `sequential`: every write comes at the end of what was written before, so a pipe can take it.
     - `members`: the names of the files, the first being the one the user named. Members are committed last to first.
     - `overlay`: the image has a parent: HOLE may not be placed, ABSENT may.
@@ -70,6 +71,7 @@ class Allocator(ABC):
     codecs: frozenset[int] = frozenset({PLAIN})
     codec: int = PLAIN
     level: int | None = None
+    window_bits: int = 15
     sequential: bool = False
     members: Sequence[str] = ()
     overlay: bool = False

@@ -5,8 +5,9 @@ Heavy libraries load when their codec is first met.
 
 from __future__ import annotations
 
+import threading
 import zlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from diskmorph.formats.errors import FormatError, UnsupportedError
 from diskmorph.formats.extents import BZIP2, CODEC_NAMES, DEFLATE, LZMA, ZLIB, ZSTD
@@ -96,13 +97,62 @@ def _seldom(codec: int) -> Callable[[Buffer, int], tuple[bytes, int]] | None:
     return seldom_codecs.DECODERS.get(codec)
 
 
-def decode(codec: int, stored: Buffer, length: int) -> bytes:
+def decode(codec: int, stored: Buffer, length: int) -> bytes | bytearray:
     """Return the `length` decoded bytes of one encoded unit; bytes behind the encoded stream are ignored.
 
     Never decodes more than about `length`. Raises FormatError if the data is damaged, or shorter or longer than
     `length`; UnsupportedError if nothing here decodes `codec`.
     """
-    return _decode(codec, stored, length)[0]
+    quick = _quickly(codec, stored, length)
+    return _decode(codec, stored, length)[0] if quick is None else quick
+
+
+def _quickly(codec: int, stored: Buffer, length: int) -> bytes | bytearray | None:
+    """Decode a whole unit by the fastest decoder there is; None where that finds a fault, but not which."""
+    quick = _QUICK.get(codec)
+    out = quick(stored, length) if quick is not None and length else None
+    return out if out is not None and len(out) == length else None
+
+
+def _libdeflate(wrapped: bool) -> Callable[[Buffer, int], bytearray | None]:
+    def decode(stored: Buffer, length: int) -> bytearray | None:
+        import deflate  # noqa: PLC0415 - loads when first used
+
+        try:
+            return (deflate.zlib_decompress if wrapped else deflate.deflate_decompress)(stored, length)
+        except deflate.DeflateError:
+            return None
+
+    return decode
+
+
+class _Own(threading.local):
+    """What one thread decodes by: a ZstdDecompressor keeps tables that are dear to make."""
+
+    zstd: Any = None
+
+
+_own = _Own()
+
+
+def _zstd_frame(stored: Buffer, length: int) -> bytes | None:
+    import zstandard  # noqa: PLC0415 - loads when first used
+
+    if _own.zstd is None:
+        _own.zstd = zstandard.ZstdDecompressor()
+    try:
+        if zstandard.frame_content_size(stored) not in {length, -1}:  # -1: the frame does not say
+            return None
+        return bytes(_own.zstd.decompress(stored, max_output_size=length, allow_extra_data=True))
+    except zstandard.ZstdError:
+        return None
+
+
+_QUICK: dict[int, Callable[[Buffer, int], bytes | bytearray | None]] = {
+    DEFLATE: _libdeflate(wrapped=False),
+    ZLIB: _libdeflate(wrapped=True),
+    ZSTD: _zstd_frame,
+}
 
 
 def decode_exactly(codec: int, stored: Buffer, length: int) -> tuple[bytes, int]:

@@ -102,11 +102,11 @@ class Disk(ABC):
         self.close()
 
     # Decoded bytes of one unit, by (file, offset): sequential small reads decode each unit once.
-    def _decoded(self, file: int, offset: int, stored: int, codec: int, least: int) -> bytes:
+    def _decoded(self, file: int, offset: int, stored: int, codec: int, least: int) -> bytes | bytearray:
         cache = self.__dict__.setdefault("_units", OrderedDict())
         lock = self.__dict__.setdefault("_units_lock", threading.Lock())
         with lock:
-            found: bytes | None = cache.get((file, offset))
+            found: bytes | bytearray | None = cache.get((file, offset))
         if found is not None and len(found) >= least:
             return found
         unit = self.decode_unit(file, offset, stored, codec, least)
@@ -118,7 +118,7 @@ class Disk(ABC):
 
     def decode_unit(
         self, file: int, offset: int, stored: int, codec: int, least: int, held: ByteSource | None = None
-    ) -> bytes:
+    ) -> bytes | bytearray:
         """Return one encoded unit decoded: `unit_size()` bytes, or `least` where that is unknown.
 
         `held` stands for the file where parts of it have been read already.
@@ -133,13 +133,13 @@ class Disk(ABC):
 
     def encoded_unit(
         self, file: int, offset: int, stored: int, codec: int, least: int, held: ByteSource | None = None
-    ) -> tuple[bytes, Buffer]:
+    ) -> tuple[bytes | bytearray, Buffer]:
         """Return what `decode_unit` does, and the bytes that encode it, exactly; none where they can't be passed on."""
         return self.decode_unit(file, offset, stored, codec, least, held), b""
 
     def _encoded(
         self, file: int, offset: int, stored: int, codec: int, least: int, held: ByteSource | None = None
-    ) -> tuple[bytes, Buffer]:
+    ) -> tuple[bytes | bytearray, Buffer]:
         """Return what `encoded_unit` does, for formats that keep nothing but the stream."""
         source = held or self.files[file]
         data = source.view(offset, stored)
@@ -291,12 +291,12 @@ class _Checked(Disk):
 
     def decode_unit(
         self, file: int, offset: int, stored: int, codec: int, least: int, held: ByteSource | None = None
-    ) -> bytes:
+    ) -> bytes | bytearray:
         return self._disk.decode_unit(file, offset, stored, codec, least, held)
 
     def encoded_unit(
         self, file: int, offset: int, stored: int, codec: int, least: int, held: ByteSource | None = None
-    ) -> tuple[bytes, Buffer]:
+    ) -> tuple[bytes | bytearray, Buffer]:
         return self._disk.encoded_unit(file, offset, stored, codec, least, held)
 
     def _extents(self, start: int, stop: int) -> Iterator[NDArray[np.void]]:

@@ -186,7 +186,7 @@ class QcowDisk(ImageDisk):
 
     def encoded_unit(
         self, file: int, offset: int, stored: int, codec: int, least: int, held: ByteSource | None = None
-    ) -> tuple[bytes, Buffer]:
+    ) -> tuple[bytes | bytearray, Buffer]:
         """See Disk."""
         return self._encoded(file, offset, stored, codec, least, held)
 

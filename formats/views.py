@@ -86,13 +86,13 @@ class _Derived(Disk):
 
     def decode_unit(
         self, file: int, offset: int, stored: int, codec: int, least: int, held: ByteSource | None = None
-    ) -> bytes:
+    ) -> bytes | bytearray:
         owner, index = self._owner(file)
         return owner.decode_unit(index, offset, stored, codec, least, held)
 
     def encoded_unit(
         self, file: int, offset: int, stored: int, codec: int, least: int, held: ByteSource | None = None
-    ) -> tuple[bytes, Buffer]:
+    ) -> tuple[bytes | bytearray, Buffer]:
         owner, index = self._owner(file)
         return owner.encoded_unit(index, offset, stored, codec, least, held)
 

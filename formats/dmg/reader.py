@@ -34,7 +34,7 @@ class _Unit:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.data: bytes | None = None
+        self.data: bytes | bytearray | None = None
 
 
 class DmgDisk(ImageDisk):
@@ -82,7 +82,7 @@ class DmgDisk(ImageDisk):
 
     def decode_unit(
         self, file: int, offset: int, stored: int, codec: int, least: int, held: ByteSource | None = None
-    ) -> bytes:
+    ) -> bytes | bytearray:
         """See Disk: chunks have lengths of their own."""
         del least, held  # a chunk larger than what is asked for is kept decoded instead
         with self._lock:
@@ -95,7 +95,7 @@ class DmgDisk(ImageDisk):
                 unit.data = self._decode(file, offset, stored, codec)
             return unit.data
 
-    def _decode(self, file: int, offset: int, stored: int, codec: int) -> bytes:
+    def _decode(self, file: int, offset: int, stored: int, codec: int) -> bytes | bytearray:
         at = int(np.searchsorted(self._by_offset["offset"], _U(offset)))
         try:
             return decode(codec, self.files[file].read(offset, stored), int(self._by_offset["length"][at]))

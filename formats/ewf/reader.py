@@ -130,7 +130,7 @@ class EwfDisk(ImageDisk):
 
     def decode_unit(
         self, file: int, offset: int, stored: int, codec: int, least: int, held: ByteSource | None = None
-    ) -> bytes:
+    ) -> bytes | bytearray:
         """See Disk: the last chunk is as long as the disk leaves it."""
         length = self.chunk
         if self.size % self.chunk:

@@ -236,12 +236,12 @@ class _Delta(Disk):
 
     def decode_unit(
         self, file: int, offset: int, stored: int, codec: int, least: int, held: ByteSource | None = None
-    ) -> bytes:
+    ) -> bytes | bytearray:
         return self._layer.decode_unit(file, offset, stored, codec, least, held)
 
     def encoded_unit(
         self, file: int, offset: int, stored: int, codec: int, least: int, held: ByteSource | None = None
-    ) -> tuple[bytes, Buffer]:
+    ) -> tuple[bytes | bytearray, Buffer]:
         return self._layer.encoded_unit(file, offset, stored, codec, least, held)
 
     def verify_unchanged(self) -> None:
@@ -285,13 +285,13 @@ class MemberDisk(ImageDisk):
 
     def decode_unit(
         self, file: int, offset: int, stored: int, codec: int, least: int, held: ByteSource | None = None
-    ) -> bytes:
+    ) -> bytes | bytearray:
         """See Disk."""
         return self._disk.decode_unit(file, offset, stored, codec, least, held)
 
     def encoded_unit(
         self, file: int, offset: int, stored: int, codec: int, least: int, held: ByteSource | None = None
-    ) -> tuple[bytes, Buffer]:
+    ) -> tuple[bytes | bytearray, Buffer]:
         """See Disk."""
         return self._disk.encoded_unit(file, offset, stored, codec, least, held)
 

@@ -19,12 +19,19 @@ OPTIONS = (
     Option("extended_l2", "on|off", "off", "32 subclusters in each cluster (QEMU 5.2); clusters of 16K and more"),
     Option("refcount_bits", "1|2|4|8|16|32|64", "16", "width of a refcount"),
     Option("compression_type", "zlib|zstd", "zlib", "how compressed clusters are encoded (zstd: QEMU 5.1)"),
+    Option(
+        "deflate_window",
+        "4K|32K",
+        "4K",
+        "32K: levels 2 to 9 of deflate become faster and smaller; QEMU reads that, strict readers do not",
+    ),
     Option("lazy_refcounts", "on|off", "off", "let QEMU postpone refcount updates"),
     Option("preallocation", "off|metadata|falloc|full", "off", "give every cluster a place; reserve or write the room"),
     Option("encrypt.format", "luks", "", "encrypt by LUKS (AES-256 in XTS mode); needs a passphrase"),
     Option("encrypt.iter-time", "MILLISECONDS", "2000", "how long a try of the passphrase shall take"),
 )
 SUBFORMATS = ("v2", "v3")
+_WINDOWS = {"4K": 12, "32K": 15}
 _COMPAT = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
 
 
@@ -40,6 +47,8 @@ class Shape:
     lazy: bool
     preallocation: str
     codec: int
+    window_bits: int = 12
+    """Of deflate streams; QEMU's own, which every reader takes, have 12."""
     luks: int = 0
     """Milliseconds that deriving the key shall take, 0: not encrypted."""
 
@@ -72,6 +81,7 @@ def read_shape(image: NewImage) -> Shape:
     extended = options.flag("extended_l2")
     bits = int(options.text("refcount_bits", "16", tuple(str(1 << order) for order in range(7))))
     compression = options.text("compression_type", "", ("", *s.COMPRESSIONS))
+    window = options.text("deflate_window", "4K", tuple(_WINDOWS))
     lazy = options.flag("lazy_refcounts")
     luks = options.text("encrypt.format", "", ("", "luks"))
     wait = options.size("encrypt.iter-time", 2000, least=1, most=60_000, power_of_two=False)
@@ -80,7 +90,10 @@ def read_shape(image: NewImage) -> Shape:
     options.done()
     codec = _codec(image.codec, compression)
     zstd = compression == "zstd" or codec == ZSTD
-    shape = Shape(version, cluster, extended, bits, zstd, lazy, preallocation, codec, wait if luks else 0)
+    if "deflate_window" in image.options and codec != DEFLATE:
+        raise OptionError("qcow2 option deflate_window is for deflate alone", hint="add --compress deflate")
+    luks_wait = wait if luks else 0
+    shape = Shape(version, cluster, extended, bits, zstd, lazy, preallocation, codec, _WINDOWS[window], luks_wait)
     _judge(shape, image)
     return shape
 

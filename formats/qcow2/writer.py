@@ -44,6 +44,7 @@ class Qcow2Allocator(Allocator):
             raise OptionError(f"qcow2 has no sectors of {image.sector_size} bytes")
         self.unit, self.grain, self.alignment = shape.cluster, shape.grain, shape.cluster
         self.codec, self.level = shape.codec, image.level
+        self.window_bits = shape.window_bits
         self.codecs = frozenset({PLAIN, shape.codec})
         self.members = (image.name,)
         self.overlay = image.parent is not None

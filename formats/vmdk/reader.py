@@ -72,13 +72,13 @@ class VmdkDisk(ImageDisk):
 
     def decode_unit(
         self, file: int, offset: int, stored: int, codec: int, least: int, held: ByteSource | None = None
-    ) -> bytes:
+    ) -> bytes | bytearray:
         """See Disk: one compressed grain, its marker checked."""
         return self.encoded_unit(file, offset, stored, codec, least, held)[0]
 
     def encoded_unit(
         self, file: int, offset: int, stored: int, codec: int, least: int, held: ByteSource | None = None
-    ) -> tuple[bytes, Buffer]:
+    ) -> tuple[bytes | bytearray, Buffer]:
         """See Disk."""
         del codec, least
         return self._by_file[file].decode(offset, stored, held)

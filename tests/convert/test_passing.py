@@ -164,9 +164,10 @@ def test_wrapping_and_unwrapping() -> None:
     unit = text(65536)
     stream = zlib.compressobj(6, zlib.DEFLATED, -12)
     bare = stream.compress(unit) + stream.flush()
-    wrapped = passed(Stream(DEFLATE, bare, 65536), unit, ZLIB)
+    wrapped = passed(Stream(DEFLATE, bare, 65536), unit, ZLIB, 15)
     assert wrapped is not None
     assert zlib.decompress(wrapped) == unit
-    assert bytes(passed(Stream(ZLIB, wrapped, 65536), unit, DEFLATE) or b"") == bare
-    assert passed(Stream(ZLIB, zlib.compress(unit), 65536), unit, DEFLATE) is None
-    assert passed(Stream(ZSTD, bare, 65536), unit, DEFLATE) is None
+    assert bytes(passed(Stream(ZLIB, wrapped, 65536), unit, DEFLATE, 12) or b"") == bare
+    assert passed(Stream(ZLIB, zlib.compress(unit), 65536), unit, DEFLATE, 12) is None
+    assert passed(Stream(ZLIB, zlib.compress(unit), 65536), unit, DEFLATE, 15) is not None
+    assert passed(Stream(ZSTD, bare, 65536), unit, DEFLATE, 15) is None
