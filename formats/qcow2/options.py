@@ -23,7 +23,7 @@ OPTIONS = (
         "deflate_window",
         "4K|32K",
         "4K",
-        "32K: levels 2 to 9 of deflate become faster and smaller; QEMU reads that, strict readers do not",
+        "32K: levels 2 to 9 are faster and smaller, for QEMU; strict readers refuse it",
     ),
     Option("lazy_refcounts", "on|off", "off", "let QEMU postpone refcount updates"),
     Option("preallocation", "off|metadata|falloc|full", "off", "give every cluster a place; reserve or write the room"),
