@@ -6,6 +6,7 @@ Names inside an image are data, perhaps hostile. Every file that an image names 
 from __future__ import annotations
 
 import os
+import stat
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -80,7 +81,8 @@ class Opener:
         if not plain or near.path is None:
             return self.allowed(name, near, what)
         path = near.path.parent / name
-        if path.is_symlink():
+        status = _status(path, follow=False)
+        if status is not None and stat.S_ISLNK(status.st_mode):
             return self.allowed(name, near, what)
         return FileSource(path, pool=self.pool, devices=False, shared=self.parents.shared, follow=False)
 
@@ -97,20 +99,21 @@ class Opener:
                 file=near.name,
                 hint=f"allow its directory with --allow-parent DIR{self._or_backing(what)}",
             )
-        if not path.exists():
+        status = _status(path, follow=True)
+        if status is None:
             raise SourceError(
                 f"its {what} {name!r} does not exist at {path}",
                 file=near.name,
                 hint=f"restore it{self._or_backing(what)}",
             )
-        refuse_special(path.stat().st_mode, str(path), devices=False)
+        refuse_special(status.st_mode, str(path), devices=False)
         return FileSource(path, pool=self.pool, devices=False, shared=self.parents.shared, follow=False)
 
     def _or_backing(self, what: str) -> str:
         return ", or name it with --backing FILE" if what in {"backing file", "parent"} else ""
 
     def _locate(self, name: str, near: ByteSource, what: str) -> Path:
-        if name.startswith(("json:", "nbd:")) or "://" in name or "\0" in name or not name:
+        if name.startswith(("json:", "nbd:")) or "://" in name or not _can_be_a_file(name):
             raise PolicyError(
                 f"names {name!r} as its {what}, which is not a file name",
                 option="--backing",
@@ -120,6 +123,21 @@ class Opener:
         path = PurePosixPath(name.removeprefix("file:"))
         base = near.path.parent if near.path is not None else Path.cwd()
         return Path(os.path.realpath(base / path))
+
+
+def _can_be_a_file(name: str) -> bool:
+    try:
+        return bool(name) and b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+
+
+def _status(path: Path, *, follow: bool) -> os.stat_result | None:
+    """Return what stands at a path, None for nothing: names in images may be longer than any file's can be."""
+    try:
+        return os.stat(path, follow_symlinks=follow)  # noqa: PTH116 - Path.stat is no different
+    except (OSError, ValueError):
+        return None
 
 
 def _within(path: Path, directory: Path) -> bool:

@@ -342,6 +342,8 @@ class FileSource(ByteSource):
             words = {errno.ENOENT: "no such file", errno.ELOOP: "is a symbolic link"}
             problem = words.get(error.errno or 0, f"cannot be opened: {os.strerror(error.errno or 0)}")
             raise SourceError(problem, file=self.name) from error
+        except ValueError as error:  # a NUL, or half of a surrogate pair
+            raise SourceError("cannot be opened: no file has such a name", file=self.name) from error
 
     def open_again(self) -> int:
         """Open the file anew for the pool; raise IntegrityError if another file stands in its place."""

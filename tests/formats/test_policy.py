@@ -38,6 +38,10 @@ HOSTILE = [
     "http://127.0.0.1/x",
     "/dev/zero",
     "/proc/self/environ",
+    "x" * 300,
+    "x" * 5000,
+    "x/" * 3000,
+    "\ud800",
 ]
 
 
