@@ -155,10 +155,11 @@ _QUICK: dict[int, Callable[[Buffer, int], bytes | bytearray | None]] = {
 }
 
 
-def decode_exactly(codec: int, stored: Buffer, length: int) -> tuple[bytes, int]:
+def decode_exactly(codec: int, stored: Buffer, length: int) -> tuple[bytes | bytearray, int]:
     """Return what `decode` does, and how many bytes of `stored` the encoded stream takes; 0 where that is not known."""
-    out, taken = _decode(codec, stored, length)
-    return out, _frame_end(stored) if codec == ZSTD else taken
+    if codec == ZSTD:
+        return decode(codec, stored, length), _frame_end(stored)
+    return _decode(codec, stored, length)
 
 
 def _decode(codec: int, stored: Buffer, length: int) -> tuple[bytes, int]:

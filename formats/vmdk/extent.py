@@ -38,7 +38,7 @@ class Extent(ABC):
     def rows(self, start: int, stop: int) -> Iterator[NDArray[np.void]]:
         """Yield sorted, gapless EXTENT rows over start..stop (bytes in the extent), all with file number 0."""
 
-    def decode(self, offset: int, stored: int, held: ByteSource | None = None) -> tuple[bytes, Buffer]:
+    def decode(self, offset: int, stored: int, held: ByteSource | None = None) -> tuple[bytes | bytearray, Buffer]:
         """Return the compressed grain whose zlib stream begins at `offset` and takes at most `stored` bytes.
 
         The second is the stream itself; nothing where its end is not known.

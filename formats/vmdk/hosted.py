@@ -323,7 +323,7 @@ class StreamExtent(HostedExtent):
             found=found,
         )
 
-    def decode(self, offset: int, stored: int, held: ByteSource | None = None) -> tuple[bytes, Buffer]:
+    def decode(self, offset: int, stored: int, held: ByteSource | None = None) -> tuple[bytes | bytearray, Buffer]:
         """See Extent: the marker's LBA must be that of a grain which the tables place here."""
         place = offset - self._skip
         raw = (held or self.source).view(place, stored + self._skip)
@@ -346,7 +346,7 @@ class StreamExtent(HostedExtent):
                 return number
         raise self._bad("the marker names another grain than the grain table", place, "lba", "the table's grain", lba)
 
-    def _inflate(self, raw: Buffer, number: int | None, offset: int) -> tuple[bytes, Buffer]:
+    def _inflate(self, raw: Buffer, number: int | None, offset: int) -> tuple[bytes | bytearray, Buffer]:
         """Return a grain decoded, and what encodes it. The disk's last one may hold only what the disk still has."""
         rest = self.size % self.grain
         last = rest and (number is None or number == self.size // self.grain)
