@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from diskmorph.formats.errors import DiskmorphError
 from diskmorph.formats.source import HeldSource
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ _MARKER = 64
 def read_ahead(files: Sequence[ByteSource], rows: NDArray[np.void]) -> list[HeldSource | None]:
     """Return for each encoded row what has been read of its file, None where it is to be read by itself.
 
-    Raises SourceError or FormatError where a file cannot be read.
+    So where a group cannot be read: the fault may lie in a gap that nobody needs, and a unit's reader names the unit.
     """
     held: list[HeldSource | None] = [None] * len(rows)
     if len(rows) < 2:
@@ -47,7 +48,10 @@ def read_ahead(files: Sequence[ByteSource], rows: NDArray[np.void]) -> list[Held
         if begin >= end:
             continue
         data = bytearray(end - begin)
-        source.read_into(begin, memoryview(data))
+        try:
+            source.read_into(begin, memoryview(data))
+        except DiskmorphError:
+            continue
         group = HeldSource(source, begin, memoryview(data))
         for index in order[low:high].tolist():
             held[index] = group

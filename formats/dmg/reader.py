@@ -84,7 +84,7 @@ class DmgDisk(ImageDisk):
         self, file: int, offset: int, stored: int, codec: int, least: int, held: ByteSource | None = None
     ) -> bytes | bytearray:
         """See Disk: chunks have lengths of their own."""
-        del least, held  # a chunk larger than what is asked for is kept decoded instead
+        del least
         with self._lock:
             unit = self._units.setdefault(offset, _Unit())
             self._units.move_to_end(offset)
@@ -92,13 +92,13 @@ class DmgDisk(ImageDisk):
                 self._units.popitem(last=False)
         with unit.lock:
             if unit.data is None:
-                unit.data = self._decode(file, offset, stored, codec)
+                unit.data = self._decode(held or self.files[file], offset, stored, codec)
             return unit.data
 
-    def _decode(self, file: int, offset: int, stored: int, codec: int) -> bytes | bytearray:
+    def _decode(self, source: ByteSource, offset: int, stored: int, codec: int) -> bytes | bytearray:
         at = int(np.searchsorted(self._by_offset["offset"], _U(offset)))
         try:
-            return decode(codec, self.files[file].read(offset, stored), int(self._by_offset["length"][at]))
+            return decode(codec, source.read(offset, stored), int(self._by_offset["length"][at]))
         except DiskmorphError as error:
             error.structure = error.structure or "compressed data"
             raise error.located(file=self.name, format=self.format, offset=offset) from error.__cause__

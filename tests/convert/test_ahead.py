@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from diskmorph.convert.ahead import read_ahead
+from diskmorph.formats.errors import SourceError
 from diskmorph.formats.extents import DATA, DEFLATE, EXTENT
 from diskmorph.formats.source import BytesSource, HeldSource
 
@@ -50,6 +51,21 @@ def test_what_lies_apart_or_alone_is_left_to_its_reader():
     assert [one is not None for one in held] == [False, True, False, True, False]
     assert source.reads == [(200_000 - 64, 150 + 64)]
     assert not other.reads
+
+
+class Scratched(Counted):
+    """Bytes of which some cannot be read, as on a failing disk."""
+
+    def pread(self, offset: int, buffer: memoryview) -> int:
+        if offset <= 3000 < offset + len(buffer):
+            raise SourceError("cannot be read: Input/output error", file=self.name, offset=3000)
+        return super().pread(offset, buffer)
+
+
+def test_a_fault_in_a_gap_that_nobody_needs_is_nobodys():
+    source = Scratched()
+    assert read_ahead([source], rows((0, 1000, 500), (0, 5000, 500))) == [None, None]
+    assert source.read(1000, 500) == CONTENT[1000:1500]
 
 
 @pytest.mark.parametrize("stored", [3 * MIB, (1 << 32) - 1])
