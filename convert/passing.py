@@ -35,8 +35,8 @@ def may_pass(allocator: Allocator) -> bool:
 def passed(stream: Stream, unit: Buffer, codec: int, window_bits: int) -> Buffer | None:
     """Return the stream as one of `codec`, `unit` being what it decodes to; None where that takes encoding it anew.
 
-    `window_bits`: the largest window that the target's readers promise to take. A raw stream does not tell its own,
-    and is taken to be as its format wants it.
+    `window_bits`: the largest window that the target's readers promise to take. Raw streams are of 12 bits, or are not
+    offered (`decode_exactly`).
     """
     if stream.length != len(unit):
         return None

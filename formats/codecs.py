@@ -82,6 +82,8 @@ def _lzma(stored: Buffer, length: int) -> tuple[bytes, int]:
         raise FormatError(f"compressed data is damaged: {error}") from error
 
 
+_narrow = _inflate(-12)  # ISA-L refuses what looks back further
+
 _DECODERS: dict[int, Callable[[Buffer, int], tuple[bytes, int]]] = {
     DEFLATE: _inflate(-15),  # qemu writes a 12-bit window, others 15: inflate takes both
     ZLIB: _inflate(15),
@@ -156,10 +158,19 @@ _QUICK: dict[int, Callable[[Buffer, int], bytes | bytearray | None]] = {
 
 
 def decode_exactly(codec: int, stored: Buffer, length: int) -> tuple[bytes | bytearray, int]:
-    """Return what `decode` does, and how many bytes of `stored` the encoded stream takes; 0 where that is not known."""
+    """Return what `decode` does, and how many bytes of `stored` the encoded stream takes; 0 where that is not known.
+
+    0 too of raw deflate that looks back further than 4 KiB: not every reader takes it, and nothing in it says so.
+    """
     if codec == ZSTD:
         return decode(codec, stored, length), _frame_end(stored)
-    return _decode(codec, stored, length)
+    if codec != DEFLATE:
+        return _decode(codec, stored, length)
+    try:
+        out, taken = _narrow(stored, length)
+    except FormatError:
+        taken = 0
+    return (out, taken) if taken and len(out) == length else (decode(codec, stored, length), 0)
 
 
 def _decode(codec: int, stored: Buffer, length: int) -> tuple[bytes, int]:

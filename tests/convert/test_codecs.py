@@ -61,6 +61,27 @@ def test_both_ways_of_decoding_agree_about_length_and_damage(codec):
             decode(codec, damaged, len(UNIT))
 
 
+@pytest.mark.parametrize("distance", [4000, 4096, 4097, 5000, 20_000, 32_000])
+def test_only_streams_that_every_reader_takes_may_pass(distance):
+    unit = data(("distance", distance), distance) + data(("distance", distance), distance)[:300]
+    packer = zlib.compressobj(9, zlib.DEFLATED, -15, 9)
+    stream = packer.compress(unit) + packer.flush()
+    assert len(stream) < len(unit) - 200, "the repetition was found"
+    assert decode_exactly(DEFLATE, stream + b"\xaa" * 99, len(unit)) == (unit, len(stream) if distance <= 4096 else 0)
+
+
+def test_a_wide_window_goes_no_further(tmp_path):
+    raw, wide = tmp_path / "a.raw", tmp_path / "wide.qcow2"
+    raw.write_bytes(UNIT * 20)
+    options = diskmorph.ConvertOptions(compress="deflate:6", format_options={"deflate_window": "32K"})
+    diskmorph.convert(raw, wide, options=options)
+    words = {"b.qcow2": {}, "c.vmdk": {"subformat": "streamOptimized"}}
+    for name, asked in words.items():
+        again = diskmorph.ConvertOptions(compress="default", format_options=asked, verify=True)
+        assert diskmorph.convert(wide, tmp_path / name, options=again).bytes.passed == 0
+        testkit.run("qemu-img", "compare", "-f", "raw", raw, tmp_path / name)
+
+
 def test_a_wide_window_is_for_qemu_and_said_so(tmp_path):
     raw = tmp_path / "a.raw"
     raw.write_bytes(UNIT * 40 + bytes(MIB))
