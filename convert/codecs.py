@@ -1,8 +1,8 @@
 """Encoding of units for compressed targets. Decoding is formats/codecs.py's.
 
 An encoder belongs to one thread. Deflate's window is the allocator's to choose: libdeflate, the best at all but the
-fastest levels, knows 32 KiB only. The default level is the fastest, whose output is a few per cent larger than zlib's
-best. docs/python.md has the levels with their sizes.
+fastest levels, knows 32 KiB only. The default is about as fast as level 1, its output 6 per cent larger than zlib's at
+level 6. docs/python.md has the levels with their sizes.
 """
 
 from __future__ import annotations
@@ -20,9 +20,12 @@ if TYPE_CHECKING:
     Encoder = Callable[[Buffer], bytes | bytearray]
 
 _LEVELS = {DEFLATE: (0, 9), ZLIB: (0, 9), ZSTD: (1, 22)}
-_DEFAULT = {DEFLATE: 1, ZLIB: 1, ZSTD: 3}
+_ZSTD_DEFAULT = 3
 _WORDS = {"deflate": DEFLATE, "zlib": DEFLATE, "zstd": ZSTD}
 _IGZIP_BEST = 3
+_IGZIP_DEFAULT = 2
+_ICF_DEFAULT, _ICF_SMALL = 0, 2
+"""igzip's room for symbols of one block: with the small one, half a unit has Huffman codes of its own."""
 _WIDE = 15
 _LIBDEFLATE = {2: 1, 3: 2}
 """Levels of libdeflate where ours are others: igzip is level 1, so what comes next is libdeflate's fastest."""
@@ -47,24 +50,25 @@ def encoder(codec: int, level: int | None, window_bits: int = _WIDE) -> Encoder:
 
     `window_bits`: 12 or 15, the largest window of deflate streams (RFC 1951) as a power of two.
     """
-    chosen = _DEFAULT.get(codec) if level is None else level
-    if chosen is None:
-        raise OptionError(f"nothing here writes {CODEC_NAMES[codec]}")
     if codec == ZSTD:
-        return _zstd(chosen)
+        return _zstd(_ZSTD_DEFAULT if level is None else level)
+    if codec not in _LEVELS:
+        raise OptionError(f"nothing here writes {CODEC_NAMES[codec]}")
     wrapped = codec == ZLIB
-    if chosen < min(_LIBDEFLATE):
-        return _igzip(chosen, wrapped=wrapped, bits=window_bits)
+    if level is None:
+        return _igzip(_IGZIP_DEFAULT, wrapped=wrapped, bits=window_bits, room=_ICF_SMALL)
+    if level < min(_LIBDEFLATE):
+        return _igzip(level, wrapped=wrapped, bits=window_bits)
     if window_bits == _WIDE:
-        return _libdeflate(_LIBDEFLATE.get(chosen, chosen), wrapped=wrapped)
-    return _narrow(chosen, wrapped=wrapped, bits=window_bits)
+        return _libdeflate(_LIBDEFLATE.get(level, level), wrapped=wrapped)
+    return _narrow(level, wrapped=wrapped, bits=window_bits)
 
 
-def _igzip(level: int, *, wrapped: bool, bits: int) -> Encoder:
+def _igzip(level: int, *, wrapped: bool, bits: int, room: int = _ICF_DEFAULT) -> Encoder:
     from isal import igzip_lib  # noqa: PLC0415 - loads when first used
 
     flag = igzip_lib.COMP_ZLIB if wrapped else igzip_lib.COMP_DEFLATE
-    return lambda unit: igzip_lib.compress(unit, level, flag, 0, bits)
+    return lambda unit: igzip_lib.compress(unit, level, flag, room, bits)
 
 
 def _libdeflate(level: int, *, wrapped: bool) -> Encoder:
