@@ -55,6 +55,7 @@ format: setup  ## mend layout and what ruff can mend
 
 bench: packages setup  ## beside qemu-img, with its best flags, in alternation
 	$(BIN)/python benchmarks/bench.py
+	$(BIN)/python benchmarks/reflink.py
 	$(BIN)/python benchmarks/remote.py
 	$(BIN)/python benchmarks/aws.py
 	$(BIN)/python benchmarks/boot.py
