@@ -14,7 +14,8 @@ from diskmorph.convert.copy import Transfer, run
 from diskmorph.convert.options import ConvertOptions, ConvertReport, Moved, Progress
 from diskmorph.convert.plan import STDOUT, Plan, make_plan
 from diskmorph.formats.errors import OptionError, TargetError, UnsupportedError
-from diskmorph.formats.output import DeviceTarget, FileTarget, StreamTarget, Target
+from diskmorph.formats.output import FileTarget, StreamTarget, Target
+from diskmorph.formats.output_device import DeviceTarget
 from diskmorph.formats.remote import is_url
 
 if TYPE_CHECKING:

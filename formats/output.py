@@ -1,4 +1,4 @@
-"""Targets that appear whole or not at all: files, a block device, standard output.
+"""Targets that appear whole or not at all: files, standard output; output_device.py has the block device.
 
 A `Target` holds one `Member` for each file of the image. Members are written under no name (or a temporary one) and
 take their names in `commit`; leaving the context without `commit` leaves nothing behind.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import select
 import stat
 import threading
 from abc import ABC, abstractmethod
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 _ZEROES = bytes(1 << 20)
 
 
-def _failed(error: OSError, name: str, doing: str = "written") -> TargetError:
+def failed(error: OSError, name: str, doing: str = "written") -> TargetError:
+    """Return what tells that a target's file `name` cannot be written, or whatever was being done."""
     hint = "make room, or choose another place" if error.errno in {errno.ENOSPC, errno.EDQUOT} else None
     return TargetError(f"cannot be {doing}: {os.strerror(error.errno or 0)}", file=name, hint=hint)
 
@@ -113,7 +115,7 @@ class FileMember(Member):
             if keeper.fresh:
                 os.ftruncate(fd, 0)
         except OSError as error:
-            raise _failed(error, str(self.path.with_name(name)), "opened") from error
+            raise failed(error, str(self.path.with_name(name)), "opened") from error
         self._temporary = name
         return fd
 
@@ -125,7 +127,7 @@ class FileMember(Member):
             self._temporary = f".{self.path.name[:200]}.{os.urandom(4).hex()}.part"
             return os.open(self._temporary, flags | os.O_CREAT | os.O_EXCL, 0o666, dir_fd=self._directory)
         except OSError as error:
-            raise _failed(error, self.name, "created") from error
+            raise failed(error, self.name, "created") from error
 
     def write(self, offset: int, data: Buffer) -> None:
         """See Member."""
@@ -138,7 +140,7 @@ class FileMember(Member):
                     count = os.pwrite(self._fd, view, offset)
                     offset, view = offset + count, view[count:]
         except OSError as error:
-            raise _failed(error, self.name) from error
+            raise failed(error, self.name) from error
 
     def _make_room(self, offset: int, length: int) -> None:
         """Reserve a range that is written next. Where that fails, the write finds out why, or does without."""
@@ -156,21 +158,21 @@ class FileMember(Member):
         try:
             os.ftruncate(self._fd, size)
         except OSError as error:
-            raise _failed(error, self.name) from error
+            raise failed(error, self.name) from error
 
     def reserve(self, offset: int, length: int) -> None:
         """Reserve room for a range on the file system."""
         try:
             os.posix_fallocate(self._fd, offset, length)
         except OSError as error:
-            raise _failed(error, self.name) from error
+            raise failed(error, self.name) from error
 
     def sync(self) -> None:
         """Wait until the file's bytes are on stable storage."""
         try:
             os.fsync(self._fd)
         except OSError as error:
-            raise _failed(error, self.name, "synced") from error
+            raise failed(error, self.name, "synced") from error
 
     def keep_ownership_of(self, old: os.stat_result) -> None:
         """Take over mode and owner of the file that is replaced, as far as allowed."""
@@ -195,7 +197,7 @@ class FileMember(Member):
         except FileExistsError as error:
             raise TargetError("exists already", file=self.name, hint="replace it with --force") from error
         except OSError as error:
-            raise _failed(error, self.name, "named") from error
+            raise failed(error, self.name, "named") from error
 
     def _link(self, name: str) -> None:
         source = f"/proc/self/fd/{self._fd}" if self._temporary is None else self._temporary
@@ -281,7 +283,7 @@ class FileTarget(Target):
         except FileNotFoundError:
             return
         except OSError as error:
-            raise _failed(error, str(path), "created") from error
+            raise failed(error, str(path), "created") from error
         if not (stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode)):
             hint = "a block device is written with --device" if stat.S_ISBLK(status.st_mode) else None
             raise TargetError("exists and is not a regular file", file=str(path), hint=hint)
@@ -326,7 +328,7 @@ class FileTarget(Target):
                 continue
             except OSError as error:
                 self._take_back([], moved)
-                raise _failed(error, member.name, "replaced") from error
+                raise failed(error, member.name, "replaced") from error
             moved.append((name, old))
         return moved
 
@@ -345,7 +347,7 @@ class FileTarget(Target):
         try:
             os.fsync(self._directory)
         except OSError as error:
-            raise _failed(error, self._opened[0].name, "synced, though it is complete") from error
+            raise failed(error, self._opened[0].name, "synced, though it is complete") from error
 
     def close(self) -> None:
         """See Target."""
@@ -387,97 +389,59 @@ class StreamMember(Member):
         while self.at < offset:
             self._put(_ZEROES[: offset - self.at])
 
+    def flush(self) -> None:
+        """Give on what the stream holds back. Raises TargetError."""
+        while True:
+            try:
+                self._stream.flush()
+            except BlockingIOError:
+                self._await_room()
+            except OSError as error:
+                raise failed(error, self.name) from error
+            else:
+                return
+
     def _put(self, data: Buffer) -> None:
+        """Write all of `data`: a raw stream takes what it likes, one that does not block perhaps nothing now."""
+        view = memoryview(data).cast("B")
+        while view:
+            count = self._some(view)
+            self.at, view = self.at + count, view[count:]
+
+    def _some(self, view: memoryview) -> int:
         try:
-            self._stream.write(data)
+            count: int | None = self._stream.write(view)  # None: a raw stream that does not block
+        except BlockingIOError as error:  # of a buffered stream
+            count = error.characters_written or None
         except OSError as error:
-            raise _failed(error, self.name) from error
-        self.at += memoryview(data).nbytes
+            raise failed(error, self.name) from error
+        if count == 0:
+            raise TargetError("takes no more bytes", file=self.name)
+        if count is None:
+            self._await_room()
+        return count or 0
+
+    def _await_room(self) -> None:
+        """Sleep until a stream that does not block takes more."""
+        room = select.poll()
+        try:
+            room.register(self._stream.fileno(), select.POLLOUT)
+            room.poll()
+        except OSError as error:  # io.UnsupportedOperation is one: no descriptor to wait for
+            raise TargetError("takes no more bytes now", file=self.name) from error
 
 
 class StreamTarget(Target):
     """Standard output, or any binary stream."""
 
     def __init__(self, stream: BinaryIO, name: str = "standard output") -> None:
-        self._stream = stream
         self._member = StreamMember(stream, name)
         self.members = (self._member,)
 
     def commit(self, sizes: Sequence[int]) -> None:
         """See Target."""
         self._member.advance(sizes[0])
-        try:
-            self._stream.flush()
-        except OSError as error:
-            raise _failed(error, self._member.name) from error
+        self._member.flush()
 
     def close(self) -> None:
         """See Target; the stream stays open."""
-
-
-class DeviceMember(Member):
-    """A block device, written in place: nothing in it is fresh."""
-
-    fresh = False
-
-    def __init__(self, path: Path, size: int) -> None:
-        self.name = str(path)
-        flags = os.O_RDWR | os.O_CLOEXEC | os.O_EXCL  # O_EXCL: refused while mounted or held
-        try:
-            self._fd = os.open(path, flags)
-            if not stat.S_ISBLK(os.fstat(self._fd).st_mode):
-                raise TargetError("is not a block device", file=self.name)
-            self.capacity = os.lseek(self._fd, 0, os.SEEK_END)
-        except OSError as error:
-            hint = "unmount it and stop what holds it" if error.errno == errno.EBUSY else None
-            raise TargetError(
-                f"cannot be opened: {os.strerror(error.errno or 0)}", file=self.name, hint=hint
-            ) from error
-        if self.capacity < size:
-            raise TargetError("is too small", file=self.name, expected=f"{size} bytes", found=self.capacity)
-
-    def write(self, offset: int, data: Buffer) -> None:
-        """See Member."""
-        view = memoryview(data).cast("B")
-        try:
-            while view:
-                count = os.pwrite(self._fd, view, offset)
-                offset, view = offset + count, view[count:]
-        except OSError as error:
-            raise _failed(error, self.name).located(offset=offset) from error
-
-    def fileno(self) -> int | None:
-        """See Member."""
-        return self._fd
-
-    def sync(self) -> None:
-        """Wait until the bytes are on the device."""
-        try:
-            os.fsync(self._fd)
-        except OSError as error:
-            raise _failed(error, self.name, "synced") from error
-
-    def close(self) -> None:
-        """Close the device."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-
-class DeviceTarget(Target):
-    """A block device that the user named with `--device`. A failure leaves its content undefined."""
-
-    def __init__(self, path: Path, size: int, *, sync: bool = True) -> None:
-        self._member = DeviceMember(path, size)
-        self._sync = sync
-        self.members = (self._member,)
-
-    def commit(self, sizes: Sequence[int]) -> None:
-        """See Target."""
-        del sizes
-        if self._sync:
-            self._member.sync()
-
-    def close(self) -> None:
-        """See Target."""
-        self._member.close()

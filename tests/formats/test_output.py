@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import stat
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -148,3 +151,58 @@ def test_a_stream_is_written_forwards_with_gaps_as_zeroes(tmp_path):
             target.members[0].write(2, b"x")
         target.commit([10])
     assert path.read_bytes() == b"\0\0\0\0ab\0\0\0\0"
+
+
+class Short(io.RawIOBase):
+    """A raw stream that takes three bytes at a time."""
+
+    def __init__(self) -> None:
+        self.taken = bytearray()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data) -> int:
+        self.taken += bytes(data)[:3]
+        return min(3, len(data))
+
+
+def test_a_stream_that_takes_less_than_it_is_given_gets_the_rest():
+    stream = Short()
+    with StreamTarget(stream) as target:
+        target.members[0].write(4, b"abcdefgh")
+        target.commit([16])
+    assert bytes(stream.taken) == b"\0\0\0\0abcdefgh\0\0\0\0"
+
+
+@pytest.mark.parametrize("answer", [None, 0])
+def test_a_stream_that_takes_nothing_fails(answer):
+    class Full(Short):
+        def write(self, data):
+            return answer
+
+    with pytest.raises(TargetError), StreamTarget(Full()) as target:
+        target.members[0].write(0, b"abc")
+
+
+@pytest.mark.parametrize("buffering", [0, 1 << 13])
+def test_a_pipe_that_does_not_block_gets_all(buffering):
+    """A reader that sleeps first: the pipe is full long before it begins."""
+    content = os.urandom(1 << 20)
+    source, sink = os.pipe()
+    os.set_blocking(sink, False)
+    got = bytearray()
+
+    def drain():
+        time.sleep(0.1)
+        while data := os.read(source, 1 << 16):
+            got.extend(data)
+
+    thread = threading.Thread(target=drain)
+    thread.start()
+    with open(sink, "wb", buffering=buffering) as file, StreamTarget(file) as target:
+        target.members[0].write(0, content)
+        target.commit([len(content)])
+    thread.join()
+    os.close(source)
+    assert bytes(got) == content

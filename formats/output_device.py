@@ -1,0 +1,85 @@
+"""A block device as a target: written in place, whole or undefined."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from typing import TYPE_CHECKING
+
+from diskmorph.formats.errors import TargetError
+from diskmorph.formats.output import Member, Target, failed
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from diskmorph.formats.source import Buffer
+
+
+class DeviceMember(Member):
+    """A block device, written in place: nothing in it is fresh."""
+
+    fresh = False
+
+    def __init__(self, path: Path, size: int) -> None:
+        self.name = str(path)
+        flags = os.O_RDWR | os.O_CLOEXEC | os.O_EXCL  # O_EXCL: refused while mounted or held
+        try:
+            self._fd = os.open(path, flags)
+            if not stat.S_ISBLK(os.fstat(self._fd).st_mode):
+                raise TargetError("is not a block device", file=self.name)
+            self.capacity = os.lseek(self._fd, 0, os.SEEK_END)
+        except OSError as error:
+            hint = "unmount it and stop what holds it" if error.errno == errno.EBUSY else None
+            raise TargetError(
+                f"cannot be opened: {os.strerror(error.errno or 0)}", file=self.name, hint=hint
+            ) from error
+        if self.capacity < size:
+            raise TargetError("is too small", file=self.name, expected=f"{size} bytes", found=self.capacity)
+
+    def write(self, offset: int, data: Buffer) -> None:
+        """See Member."""
+        view = memoryview(data).cast("B")
+        try:
+            while view:
+                count = os.pwrite(self._fd, view, offset)
+                offset, view = offset + count, view[count:]
+        except OSError as error:
+            raise failed(error, self.name).located(offset=offset) from error
+
+    def fileno(self) -> int | None:
+        """See Member."""
+        return self._fd
+
+    def sync(self) -> None:
+        """Wait until the bytes are on the device."""
+        try:
+            os.fsync(self._fd)
+        except OSError as error:
+            raise failed(error, self.name, "synced") from error
+
+    def close(self) -> None:
+        """Close the device."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class DeviceTarget(Target):
+    """A block device that the user named with `--device`. A failure leaves its content undefined."""
+
+    def __init__(self, path: Path, size: int, *, sync: bool = True) -> None:
+        self._member = DeviceMember(path, size)
+        self._sync = sync
+        self.members = (self._member,)
+
+    def commit(self, sizes: Sequence[int]) -> None:
+        """See Target."""
+        del sizes
+        if self._sync:
+            self._member.sync()
+
+    def close(self) -> None:
+        """See Target."""
+        self._member.close()
