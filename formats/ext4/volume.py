@@ -21,6 +21,7 @@ _REFUSED = {0x1: "compression", 0x8: "journal device", 0x1000: "dirdata"}
 _KNOWN = sum(s.INCOMPAT) & ~sum(_REFUSED)
 _CHUNK = 1024  # inodes read at once
 _KEPT = 32  # chunks kept
+_MOST_LOG = 6  # blocks of 64 KiB
 _MOST_GROUPS = 1 << 22
 
 
@@ -55,7 +56,7 @@ class Volume:
             raise self.error("is no ext file system", "superblock", s.SUPER_OFFSET + 0x38, field="magic")
         self.super: Any = s.SUPER.parse(head)
         self._require_features()
-        self.block_size = 1024 << self.super.log_block_size
+        self.block_size = 1024 << min(self.super.log_block_size, _MOST_LOG + 1)  # which is refused below
         self.inode_size = self.super.inode_size if self.super.rev_level else s.OLD_INODE
         self.blocks = self.super.blocks_count_lo | (self.super.blocks_count_hi << 32 if self.has(s.BIT64) else 0)
         self.sums = bool(self.super.feature_ro_compat & s.METADATA_CSUM)
@@ -97,7 +98,7 @@ class Volume:
             (
                 field
                 for field, fine in (
-                    ("log_block_size", found.log_block_size <= 6),
+                    ("log_block_size", found.log_block_size <= _MOST_LOG),
                     ("inode_size", s.OLD_INODE <= size <= self.block_size and not size & (size - 1)),
                     ("blocks_per_group", 0 < found.blocks_per_group <= 8 * self.block_size << 16),
                     ("inodes_per_group", 0 < found.inodes_per_group <= 8 * self.block_size),

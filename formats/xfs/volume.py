@@ -104,7 +104,10 @@ class Volume:
             ("blocksize", 512 <= found.blocksize <= 65536 and found.blocksize == 1 << found.blocklog),
             ("sectsize", 512 <= found.sectsize <= 32768 and not found.sectsize & (found.sectsize - 1)),
             ("inodesize", 256 <= found.inodesize <= 2048 and found.inodesize == 1 << found.inodelog),
-            ("inopblock", found.inopblock == found.blocksize // found.inodesize == 1 << found.inopblog),
+            (
+                "inopblock",
+                found.inopblock * found.inodesize == found.blocksize and found.inopblock == 1 << found.inopblog,
+            ),
             ("agblocks", 0 < found.agblocks <= 1 << min(found.agblklog, 31)),
             ("agcount", found.agcount > 0 and found.dblocks <= found.agblocks * found.agcount),
             ("dirblklog", found.blocksize << found.dirblklog <= 65536),

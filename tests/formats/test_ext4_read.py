@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import time
+import tracemalloc
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -277,6 +278,19 @@ def test_damaged_superblocks_are_refused(
     edit_super(image, **changes)
     with pytest.raises(kind, match=words):
         read_everything(image)
+
+
+def test_a_block_size_that_is_no_size_costs_no_memory(tmp_path: Path) -> None:
+    """2 to the power of what a superblock says may be a number of half a gigabyte."""
+    image = bytearray(small_image(tmp_path).read_bytes())
+    edit_super(image, log_block_size=1 << 31)
+    tracemalloc.start()
+    try:
+        with pytest.raises(FormatError, match="log_block_size"):
+            read_everything(image)
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_cut_images_are_refused(tmp_path: Path) -> None:

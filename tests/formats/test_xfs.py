@@ -238,6 +238,7 @@ def test_damage_is_found_by_checksums(small: bytearray) -> None:
         ({"blocksize": 3}, FormatError, "blocksize"),
         ({"agcount": 0}, FormatError, "agcount"),
         ({"inodesize": 100}, FormatError, "inodesize"),
+        ({"inodesize": 0, "blocksize": 0}, FormatError, "blocksize"),
         ({"versionnum": 0xB4A3}, UnsupportedError, "version 3"),
         ({"features_incompat": 0x100}, UnsupportedError, "metadir"),
         ({"features_incompat": 0x10}, UnsupportedError, "needsrepair"),
