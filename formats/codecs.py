@@ -43,13 +43,17 @@ def _zstd(stored: Buffer, length: int) -> tuple[bytes, int]:
 
     try:
         with zstandard.ZstdDecompressor().stream_reader(stored) as reader:
-            return reader.read(length + 1), 0
+            out = reader.read(length + 1)
+        taken = _frame_end(stored) if len(out) == length else 0
     except zstandard.ZstdError as error:
         raise FormatError(f"compressed data is damaged: {error}") from error
+    if len(out) == length and not taken:  # a reader of streams takes the end of the bytes for that of the frame
+        raise FormatError("compressed data is cut off")
+    return out, taken
 
 
 def _frame_end(stored: Buffer) -> int:
-    """Return where a zstd frame that was decoded ends (RFC 8878, 3.1.1); 0 for what is no plain frame."""
+    """Return where a zstd frame that was decoded ends (RFC 8878, 3.1.1); 0 if cut off, or no plain frame."""
     import zstandard  # noqa: PLC0415 - loaded by now
 
     view = memoryview(stored)
@@ -57,11 +61,12 @@ def _frame_end(stored: Buffer) -> int:
         return 0
     at = zstandard.frame_header_size(view)
     last = 0
-    while not last:
+    while not last and at < len(view):
         head = int.from_bytes(view[at : at + 3], "little")
         last, kind = head & 1, head >> 1 & 3
         at += 3 + (1 if kind == _RLE else head >> 3)
-    return at + (4 if zstandard.get_frame_parameters(view).has_checksum else 0)
+    at += 4 if zstandard.get_frame_parameters(view).has_checksum else 0
+    return at if last and at <= len(view) else 0
 
 
 def _bzip2(stored: Buffer, length: int) -> tuple[bytes, int]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import random
 import subprocess
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from contract.cases import qcow2
 
 import diskmorph
 from diskmorph.convert.passing import Stream, passed
-from diskmorph.formats.codecs import decode_exactly
+from diskmorph.formats.codecs import decode, decode_exactly
 from diskmorph.formats.errors import FormatError
 from diskmorph.formats.extents import DEFLATE, ZLIB, ZSTD
 
@@ -150,6 +152,33 @@ def test_frames_end_where_zstd_says() -> None:
     streamed = zstandard.ZstdCompressor().compressobj()
     frame = streamed.compress(unit) + streamed.flush()
     assert decode_exactly(ZSTD, frame + b"\x28\xb5\x2f\xfd", 65536) == (unit, len(frame))
+
+
+def without_an_end() -> bytes:
+    """A zstd frame of the right length, no block of which is marked as the last: one that repeats a byte."""
+    return b"\x28\xb5\x2f\xfd\xa0" + (65536).to_bytes(4, "little") + (65536 << 3 | 2).to_bytes(3, "little") + b"x"
+
+
+def without_its_checksum() -> bytes:
+    import zstandard
+
+    return zstandard.ZstdCompressor(write_checksum=True).compress(data("noise", 65536))[:-4]
+
+
+@pytest.mark.parametrize("make", [without_an_end, without_its_checksum])
+def test_frames_that_are_cut_off_are_damaged(make: Callable[[], bytes]) -> None:
+    for decoder in (decode, decode_exactly):
+        with pytest.raises(FormatError, match="cut off"):
+            decoder(ZSTD, make(), 65536)
+
+
+def test_an_image_with_a_frame_without_an_end_is_refused(tmp_path: Path) -> None:
+    frame = without_an_end().ljust(512, b"\0")
+    entry = qcow2.packed_entry(32 * 65536, len(frame), 16)
+    path = tmp_path / "a.qcow2"
+    qcow2.handmade(path, 65536, {0: entry}, {32 * 65536: frame}, features=(8, 0, 0), compression=1)
+    with pytest.raises(FormatError, match="cut off"):
+        convert(path, tmp_path / "out.qcow2", "zstd")
 
 
 def test_streams_end_where_deflate_says() -> None:
