@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -29,6 +29,13 @@ if TYPE_CHECKING:
     from diskmorph.formats.source import ByteSource
 
 
+class _Ends(NamedTuple):
+    """Where the last block ends in the file: what the disk needs of it, and all of it."""
+
+    needed: int
+    stored: int
+
+
 def check_image(source: ByteSource, context: OpenContext, repair: str | None = None) -> CheckReport:
     """See FormatModule. `repair` "all" writes a damaged or differing footer anew from the one that counts."""
     disk = open_image(source, context)
@@ -38,10 +45,10 @@ def check_image(source: ByteSource, context: OpenContext, repair: str | None = N
         _check_fixed(disk, report)
         return report
     _check_header(disk, report)
-    end = _check_blocks(disk, report)
+    ends = _check_blocks(disk, report)
     _check_bitmaps(disk, report)
     if repair == "all":
-        _mend_footers(disk, report, end)
+        _mend_footers(disk, report, ends)
     return report
 
 
@@ -91,12 +98,13 @@ def _check_header(disk: DynamicDisk, report: CheckReport) -> None:
             report.add("dynamic header", start, "footer, header and block table overlap")
 
 
-def _check_blocks(disk: DynamicDisk, report: CheckReport) -> int:
-    """Report blocks at wrong places; return where the last good one ends."""
+def _check_blocks(disk: DynamicDisk, report: CheckReport) -> _Ends:
+    """Report blocks at wrong places; return where all blocks end, those at wrong places too."""
     table_at = disk.header.table_offset
     stored = disk.bitmap_size + disk.block_size
     needed = -(-disk.size // disk.block_size)
-    end = beyond = askew = 0
+    beyond = askew = 0
+    ends = _Ends(0, 0)
     for first, entries in disk.entries(0, disk.header.entries):
         used = np.flatnonzero(entries != UNALLOCATED)
         blocks = used.astype(np.uint64) + np.uint64(first)
@@ -108,8 +116,11 @@ def _check_blocks(disk: DynamicDisk, report: CheckReport) -> int:
         rest = int(wrong.sum()) - CheckReport.LIMIT
         if rest > 0:
             report.add("block table", table_at, f"{rest} more blocks are like that", count=rest)
+        ends = _Ends(
+            max(ends.needed, int(disk.ends(blocks, places).max(initial=0))),
+            max(ends.stored, int((places + np.uint64(stored)).max(initial=0))),
+        )
         good = places[~wrong]
-        end = max(end, int(good.max()) + stored) if len(good) else end
         askew += int(((good + np.uint64(disk.bitmap_size)) % np.uint64(4096) != 0).sum())
         beyond += int((blocks >= needed).sum())
     if askew:
@@ -117,7 +128,7 @@ def _check_blocks(disk: DynamicDisk, report: CheckReport) -> int:
     if beyond:
         report.add("block table", table_at, f"{beyond} blocks lie behind the disk's end", WARNING)
     _check_shared(disk, report)
-    return end
+    return ends
 
 
 def _check_shared(disk: DynamicDisk, report: CheckReport) -> None:
@@ -144,17 +155,37 @@ def _check_bitmaps(disk: DynamicDisk, report: CheckReport) -> None:
         report.add("sector bitmap", None, message, WARNING)
 
 
-def _mend_footers(disk: DynamicDisk, report: CheckReport, end: int) -> None:
-    footers, size = disk.footers, disk.files[0].size
-    first, last = footers.first, footers.last
+def _mend_footers(disk: DynamicDisk, report: CheckReport, ends: _Ends) -> None:
+    first, last = disk.footers.first, disk.footers.last
     counts = last if last is not None and last.good else first
     assert counts is not None  # noqa: S101 - the disk was opened by one of them
-    if counts is last and (first is None or first.raw != last.raw) and min(disk.tables()[1:])[0] >= FOOTER_SIZE:
+    if counts is not last:
+        _mend_last(disk, report, ends, counts.raw)
+    elif (first is None or first.raw != last.raw) and min(_occupied(disk))[0] >= FOOTER_SIZE:
         report.patches.append(Patch(0, counts.raw, "footer at the start, from the one at the end"))
-    if counts is last:
+
+
+def _mend_last(disk: DynamicDisk, report: CheckReport, ends: _Ends, raw: bytes) -> None:
+    """Put the end footer where no byte of a table or block is or should be; nowhere where such bytes are missing."""
+    why = "footer at the end, from its copy at the start"
+    last, size = disk.footers.last, disk.files[0].size
+    tables = max(stop for _, stop in _occupied(disk))
+    if last is not None and last.offset >= max(tables, ends.needed):
+        report.patches.append(Patch(last.offset, raw[: size - last.offset], why))
         return
-    offset = size - FOOTER_SIZE if last is None else last.offset
-    if last is None and (offset < end or offset % SECTOR):
-        offset = -(-size // SECTOR) * SECTOR  # the file was cut off just before its footer
-    raw = counts.raw if last is None else counts.raw[: size - offset]
-    report.patches.append(Patch(offset, raw, "footer at the end, from its copy at the start"))
+    if max(tables, ends.needed) > size:
+        return
+    behind = max(tables, ends.stored)
+    offset = size - FOOTER_SIZE
+    if last is not None or offset < behind or offset % SECTOR:
+        offset = -(-max(size, behind) // SECTOR) * SECTOR
+    report.patches.append(Patch(offset, raw, why))
+
+
+def _occupied(disk: DynamicDisk) -> list[tuple[int, int]]:
+    """Return (begin, end) of the dynamic header, the block table and the parent locators of whatever platform."""
+    places = list(disk.tables()[1:])
+    if disk.info.parent is None:
+        return places
+    used = [locator for locator in disk.header.locators if any(locator.platform) and locator.length]
+    return places + [(locator.offset, locator.offset + locator.length) for locator in used]

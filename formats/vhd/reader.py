@@ -128,10 +128,18 @@ class DynamicDisk(VhdDisk):
             for low, high in itertools.pairwise(bounds):
                 yield at + low, entries[low:high]
 
+    def ends(self, blocks: NDArray[np.uint64], places: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        """Return where blocks (by number, and offset of their bitmap) end in the file, as far as the disk needs them.
+
+        The last block of a disk is often partial.
+        """
+        needed = np.minimum(self._left(blocks), np.uint64(self.block_size))
+        ends: NDArray[np.uint64] = places + np.uint64(self.bitmap_size) + needed
+        return ends
+
     def misplaced(self, blocks: NDArray[np.uint64], places: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """Return which blocks (by number, and offset of their bitmap) pass the end of the data or cover a table."""
-        # The last block of a disk is often partial: only what the disk needs must be there.
-        ends = places + np.uint64(self.bitmap_size) + np.minimum(self._left(blocks), np.uint64(self.block_size))
+        ends = self.ends(blocks, places)
         wrong = ends > np.uint64(self.footers.data_end)
         for low, high in self.tables():
             wrong |= (places < np.uint64(high)) & (ends > np.uint64(low))

@@ -101,6 +101,78 @@ def test_footers_are_mended_from_each_other(image: Path, damage: object, where: 
     assert mended[:512] == mended[-512:] == raw[-512:]
 
 
+EMPTY, CHILD = {"kind": 3}, {"kind": 4, "parent": "p", "locators": [(b"W2ru", b"p\0")]}
+
+
+@pytest.mark.parametrize("cut", [512, 200], ids=str)
+@pytest.mark.parametrize(
+    ("options", "blocks"),
+    [
+        (EMPTY, {}),
+        (CHILD, {}),
+        ({"header_at": 2048, "table_at": 1024}, {}),
+        ({}, {0: (None, data(0, BLOCK))}),
+        ({}, {4: (None, data(4, BLOCK))}),
+    ],
+    ids=["table last", "locator last", "header last", "block last", "the disk's last block last"],
+)
+def test_a_missing_footer_never_overwrites_what_lies_last(
+    tmp_path: Path, options: dict[str, object], blocks: dict[int, tuple[None, bytes]], cut: int
+) -> None:
+    path = tmp_path / "d.vhd"
+    dynamic(path, 4 * BLOCK + 512, blocks, block=BLOCK, **options)  # type: ignore[arg-type]
+    whole = path.read_bytes()
+    kept = whole[:-cut]
+    path.write_bytes(kept)
+    assert len(check(path, "all").patches) == 1
+    mended = path.read_bytes()
+    assert mended[: len(kept)] == kept
+    assert mended[-512:] == whole[-512:]
+    assert check(path).clean
+    assert not check(path, "all").patches
+
+
+def test_a_last_block_that_is_stored_in_part_is_kept_apart_from_the_footer(tmp_path: Path) -> None:
+    path = tmp_path / "d.vhd"
+    want = dynamic(path, 4 * BLOCK + 1024, {4: (None, data(4, BLOCK))}, block=BLOCK)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: 2048 + 512 + 1024])  # table, bitmap and what the disk needs of the block
+    check(path, "all")
+    assert len(path.read_bytes()) == len(whole), "the footer lies behind the whole block"
+    assert content(open_disk(path)) == want
+    assert check(path).clean
+
+
+@pytest.mark.parametrize("left", [512, 1024, 100_000, BLOCK], ids=str)
+def test_no_footer_is_put_into_a_block_that_is_cut_off(image: Path, left: int) -> None:
+    """Of the last block, bitmap and data, `left` bytes are there."""
+    start = len(image.read_bytes()) - 512 - (BLOCK + 512)
+    image.write_bytes(image.read_bytes()[: start + left])
+    report = check(image, "all")
+    assert {f.structure for f in report.findings if f.severity == ERROR} == {"footer", "block table"}
+    assert not report.patches
+
+
+def test_a_damaged_footer_over_a_block_is_not_overwritten(image: Path) -> None:
+    """The guest's last sector looks like a damaged footer."""
+    raw = image.read_bytes()
+    kept = raw[:-1024] + b"conectix" + raw[-1016:-512]
+    image.write_bytes(kept)
+    check(image, "all")
+    assert image.read_bytes() == kept + raw[-512:]
+    assert check(image).clean
+
+
+@pytest.mark.parametrize("entry", [3, 0xFFFFFFF0], ids=["over the table", "beyond the end"])
+def test_blocks_at_wrong_places_keep_the_footer_from_landing_in_them(image: Path, entry: int) -> None:
+    raw = bytearray(image.read_bytes()[:-512])
+    struct.pack_into(">I", raw, 1536 + 8, entry)
+    image.write_bytes(raw)
+    check(image, "all")
+    assert image.read_bytes()[: len(raw)] == raw
+    assert not check(image, "all").patches
+
+
 def test_a_good_image_is_left_alone(image: Path) -> None:
     assert not check(image, "all").patches
 
