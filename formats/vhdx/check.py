@@ -235,11 +235,14 @@ def _replay(source: ByteSource, replayed: ReplayedSource) -> Iterator[Patch]:
 
 
 def _new_headers(current: Copy, headers: list[Copy]) -> Iterator[Patch]:
-    """Yield both headers anew, the one that is not current first, with an empty log and a new FileWriteGuid."""
+    """Yield both headers anew, the one that is not current first, with an empty log and a new FileWriteGuid.
+
+    What the log said is on stable storage before the first one empties it, and that one before the other is touched.
+    """
     fields = {name: value for name, value in current.fields.items() if not name.startswith("_")}
     fields["log_guid"] = NO_GUID
     fields["file_write_guid"] = uuid.uuid5(fields["file_write_guid"], "repair")
     others = [copy for copy in headers if copy.offset != current.offset]
     for step, copy in enumerate((*others, current)):
         fields["sequence_number"] = (int(current.fields.sequence_number) + 1 + step) & 0xFFFF_FFFF_FFFF_FFFF
-        yield Patch(copy.offset, sealed(Header.build(fields)), f"{copy.name} written anew")
+        yield Patch(copy.offset, sealed(Header.build(fields)), f"{copy.name} written anew", sync=True)

@@ -170,6 +170,17 @@ class TestLog:
         patches = check(self.logged([(4 * MIB, bytes(4096))]), "all").patches
         assert [patch.offset for patch in patches] == [4 * MIB, HEADERS[0], HEADERS[1]]
 
+    def test_what_was_replayed_is_stored_before_the_log_is_emptied(self):
+        bad = patched(self.logged([(4 * MIB, bytes(4096)), (5 * MIB, bytes(4096))]), TABLES[1], b"\xaa")
+        patches = check(bad, "all").patches
+        assert [(patch.offset, patch.sync) for patch in patches] == [
+            (4 * MIB, False),
+            (5 * MIB, False),
+            (TABLES[1], False),
+            (HEADERS[0], True),
+            (HEADERS[1], True),
+        ]
+
     def test_every_state_on_the_way_can_be_read(self):
         image = self.logged([(4 * MIB + 4096, data("new", 4096)), (5 * MIB, 8192)])
         want = open_image(BytesSource(bytes(image)), OpenContext()).read(0, SIZE)
