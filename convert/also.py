@@ -11,15 +11,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diskmorph.convert.opening import Opened, open_source
 from diskmorph.convert.options import ConvertOptions, ConvertReport
+from diskmorph.formats.disk import Disk
 from diskmorph.formats.errors import DiskmorphError, OptionError
 from diskmorph.formats.policy import Parents
+from diskmorph.formats.remote import is_url
+from diskmorph.formats.views import Zero
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from diskmorph.convert.options import Progress
-    from diskmorph.formats.disk import Disk
 
 
 def convert_also(
@@ -41,6 +44,7 @@ def convert_also(
     names = [os.path.realpath(name) for name in (target, *options.also)]
     if len(set(names)) < len(names):
         raise OptionError("--also needs a name of its own for every target")
+    _refuse_sources([source] if isinstance(source, str | os.PathLike | Disk) else source, options)
     first = replace(options, also=())
     report = converter(source, target, first)(source, target, options=first, on_progress=on_progress)
     again = ConvertOptions(
@@ -66,6 +70,40 @@ def convert_also(
             error.hint += f"{os.fspath(target)} is complete"
             raise
     return replace(report, also=tuple(others))
+
+
+def _refuse_sources(sources: Sequence[str | os.PathLike[str] | Disk], options: ConvertOptions) -> None:
+    """Raise TargetError where a further target is one of the files that the first is made from."""
+    taken = [Path(name) for name in options.also if os.path.lexists(name)]
+    for source in sources if taken else ():
+        if source == "-" or (isinstance(source, str) and is_url(source)):
+            continue
+        try:
+            opened = _opened(source, options)
+        except DiskmorphError:  # a package of several disks, a tree, or a conversion that fails and says why
+            opened = Opened(str(source), Zero(0), "", origins=_itself(source))
+        with opened:
+            for path in taken:
+                opened.refuse_to_write(path)
+
+
+def _itself(source: object) -> Mapping[tuple[int, int], str]:
+    try:
+        status = Path(str(source)).stat()
+    except OSError:
+        return {}
+    return {(status.st_dev, status.st_ino): str(source)}
+
+
+def _opened(source: str | os.PathLike[str] | Disk, options: ConvertOptions) -> Opened:
+    return open_source(
+        source,
+        format=options.source_format,
+        parents=options.parents,
+        limits=options.limits,
+        snapshot=options.snapshot,
+        disk=options.disk,
+    )
 
 
 def _backing(options: ConvertOptions) -> Path | None:

@@ -19,7 +19,7 @@ from diskmorph.convert.opening import Opened, open_source
 from diskmorph.convert.options import ConvertOptions, ConvertReport, Moved, Progress
 from diskmorph.convert.plan import STDOUT, make_plan, target_format
 from diskmorph.convert.targets import applied
-from diskmorph.formats.errors import OptionError, TargetError, UnsupportedError
+from diskmorph.formats.errors import OptionError, UnsupportedError
 from diskmorph.formats.policy import Parents
 from diskmorph.formats.views import Overlay, grown
 
@@ -73,7 +73,8 @@ def keep_chain(
             most = max(layer.disk.size for layer in layers)
             layers = [replace(layer, disk=grown(layer.disk, most)) for layer in layers]
         paths = _names(Path(target), len(layers))
-        _refuse_sources(opened, paths)
+        for path in paths:
+            opened.refuse_to_write(path)
         reports = _write(layers, paths, entry.name, options, on_progress)
     notes = [f"{path.name} holds {layer.what}" for path, layer in zip(paths, layers, strict=True)]
     return replace(
@@ -155,18 +156,6 @@ def _snapshot(name: str, snapshot: Snapshot, options: ConvertOptions, stack: con
 def _names(target: Path, count: int) -> list[Path]:
     """Return the paths from the base up."""
     return [*(target.with_name(f"{target.stem}-{number}{target.suffix}") for number in range(count - 1)), target]
-
-
-def _refuse_sources(opened: Opened, paths: Sequence[Path]) -> None:
-    for path in paths:
-        for source in opened.files:
-            with contextlib.suppress(OSError):
-                if path.samefile(source.name):
-                    raise TargetError(
-                        f"is the same file as {source.name}, which is read",
-                        file=str(path),
-                        hint="write to another folder",
-                    )
 
 
 def _write(

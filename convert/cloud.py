@@ -18,8 +18,7 @@ from diskmorph.convert.options import ConvertOptions, ConvertReport, Moved, Prog
 from diskmorph.convert.plan import STDOUT, make_plan
 from diskmorph.convert.targets import profile_named
 from diskmorph.formats.allocator import Identity
-from diskmorph.formats.errors import OptionError, TargetError, UnsupportedError
-from diskmorph.formats.source import FileSource
+from diskmorph.formats.errors import OptionError, UnsupportedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -112,7 +111,7 @@ def disk_to_shape(
     rest = {key: value for key, value in options.format_options.items() if key not in _WORDS}
     inner = Path(_path_of(name)).parent / f".{_stem(name)}.{profile.format}"
     with make_plan(source, inner, replace(options, format_options=rest)) as plan:
-        _refuse_own(plan, _path_of(name))
+        plan.source.refuse_to_write(Path(_path_of(name)))
         mtime = int(Identity(b"shape" if options.reproducible else None).time())
         shaping = Shaping(plan, name, words, mtime, on_progress, begun)
         if profile.shape == "gcp":
@@ -151,10 +150,3 @@ def _refuse_trees(source: str | os.PathLike[str] | Disk) -> None:
             file=os.fspath(source),
             hint="`diskmorph build` makes a disk of it first",
         )
-
-
-def _refuse_own(plan: Plan, path: str) -> None:
-    """Raise TargetError where the archive would replace a file that is read."""
-    for source in plan.source.files:
-        if isinstance(source, FileSource) and Path(path).exists() and Path(path).samefile(source.name):
-            raise TargetError(f"is the same file as {source.name}, which is read", file=path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 import sys
 import time
 from dataclasses import replace
@@ -194,16 +193,7 @@ def refuse_own_files(plan: Plan) -> None:
         if plan.target == plan.source.name:
             raise TargetError("is the same as the source", file=plan.target, hint="write to another name")
         return
-    files = [*plan.source.files, *(plan.base.files if plan.base is not None else [])]
-    read = {source.identity[:2]: source.name for source in files}
     folder = Path(plan.target).parent
-    for member in plan.allocator.members:
-        try:
-            status = (folder / member).lstat()
-        except OSError:
-            continue
-        name = read.get((status.st_dev, status.st_ino))
-        if name is not None and not stat.S_ISLNK(status.st_mode):
-            raise TargetError(
-                f"is the same file as {name}, which is read", file=str(folder / member), hint="write to another name"
-            )
+    for opened in (plan.source,) if plan.base is None else (plan.source, plan.base):
+        for member in plan.allocator.members:
+            opened.refuse_to_write(folder / member, device=plan.options.device)

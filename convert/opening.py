@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import os
+import stat
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from diskmorph.formats.disk import Disk, ImageDisk, ImageInfo
-from diskmorph.formats.errors import SourceError
+from diskmorph.formats.errors import SourceError, TargetError
 from diskmorph.formats.limits import Limits
 from diskmorph.formats.policy import Opener, Parents
 from diskmorph.formats.registry import OpenContext, identify, open_layers
 from diskmorph.formats.source import ByteSource, FilePool, FileSource
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from diskmorph.formats.probe import Signature
 
@@ -35,11 +36,31 @@ class Opened:
     layers: Sequence[ImageDisk] = ()
     signatures: Sequence[Signature] = ()
     owned: bool = True
+    origins: Mapping[tuple[int, int], str] = field(default_factory=dict)
+    """The local files that were opened for it: names by (device, inode)."""
 
     @property
     def files(self) -> list[FileSource]:
         """Return the local files that the disk is read from."""
         return [source for source in self.disk.files if isinstance(source, FileSource)]
+
+    def refuse_to_write(self, path: Path, *, device: bool = False) -> None:
+        """Raise TargetError where `path` is one of the files that are read; a symbolic link to one may be replaced.
+
+        `device`: a link is followed, as it is when a device is written.
+        """
+        try:
+            status = path.stat() if device else path.lstat()
+        except OSError:
+            return
+        key = (status.st_dev, status.st_ino)
+        for origins in (self.origins, *(source.origins() for source in self.disk.files)):
+            if key in origins and not stat.S_ISLNK(status.st_mode):
+                raise TargetError(
+                    f"is the same file as {origins[key]}, which is read",
+                    file=str(path),
+                    hint="write to another name",
+                )
 
     def close(self) -> None:
         """Close the disk, unless the caller brought it open."""
@@ -75,6 +96,8 @@ def open_source(
     opener = opener or Opener(parents or Parents(), limits, FilePool(limits.open_files))
     if source is None:
         source = spooled() if os.fspath(what) == "-" else opener.user_source(what)
+    origins = opener.pool.origins
+    origins.update(source.origins())
     try:
         entry, found = identify(source, format)
         layers = open_layers(source, entry, OpenContext(opener, limits, snapshot, disk))
@@ -88,7 +111,7 @@ def open_source(
         for layer in reversed(layers[:-1]):
             whole = Overlay(layer, whole)
     kind = layers[0].info.format if entry.kind == "wrapper" else entry.name
-    return Opened(source.name, whole, kind, layers[0].info, layers, found)
+    return Opened(source.name, whole, kind, layers[0].info, layers, found, origins=origins)
 
 
 class _Spool(FileSource):
@@ -103,6 +126,11 @@ class _Spool(FileSource):
     def path(self) -> Path | None:
         """Return None: nothing lies beside standard input."""
         return None
+
+    def origins(self) -> Mapping[tuple[int, int], str]:
+        """See ByteSource: standard input itself, which may be a file with a name."""
+        status = os.fstat(sys.stdin.buffer.fileno())
+        return {(status.st_dev, status.st_ino): self.name}
 
     def close(self) -> None:
         """See ByteSource."""

@@ -179,9 +179,10 @@ class _Job:
     def _refuse_sources(self, disks: list[_SourceDisk]) -> None:
         """Raise TargetError where a file to be written is one of those that are read."""
         read = [one.path for one in disks if one.path is not None]
-        read += [file.path for plan in self._plans for file in plan.source.disk.files if file.path is not None]
         for name in self._members:
             path = self._target.parent / name
+            for plan in self._plans:
+                plan.source.refuse_to_write(path)
             for source in read:
                 with contextlib.suppress(OSError):
                     if not path.is_symlink() and source.samefile(path):

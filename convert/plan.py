@@ -176,7 +176,7 @@ def _open_alone(path: Path | str, parents: Parents, options: ConvertOptions) -> 
     except BaseException:
         source.close()
         raise
-    return Opened(source.name, layer, entry.name, layer.info, (layer,))
+    return Opened(source.name, layer, entry.name, layer.info, (layer,), origins=opener.pool.origins)
 
 
 def _bitmaps(opened: Opened, disk: Disk, entry: Format) -> Sequence[DirtyBitmap]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol, cast
 
 from diskmorph.formats.errors import (
@@ -18,7 +18,7 @@ from diskmorph.formats.errors import (
 from diskmorph.formats.limits import Limits
 from diskmorph.formats.policy import Opener, Parents
 from diskmorph.formats.probe import RAW, Format, Signature, format_named, format_of_suffix, signatures
-from diskmorph.formats.source import ByteSource, FileSource
+from diskmorph.formats.source import ByteSource, FilePool, FileSource
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -203,21 +203,23 @@ _SEARCHED = 4096
 def _searched(child: ImageDisk, parent: ParentRef, context: OpenContext) -> ByteSource | None:
     """Return the file in the allowed directories that is the parent by its identifiers, where no name is recorded."""
     entry = require_format(parent.format or child.format)
+    looking = replace(context.opener, pool=FilePool())  # files that are only looked at are no part of the disk
     paths = (path for folder in context.opener.parents.allow for path in sorted(folder.glob("*")))
     for _, path in zip(range(_SEARCHED), paths, strict=False):
         if not path.name.lower().endswith(entry.suffixes) or not path.is_file():
             continue
         try:
-            source = context.opener.allowed(str(path.absolute()), child.files[0], "parent")
+            source = looking.allowed(str(path.absolute()), child.files[0], "parent")
         except DiskmorphError:
             continue
         if _key(source) == _key(child.files[0]):
             source.close()
             continue
         try:
-            layer = open_layer(source, entry, OpenContext(context.opener, context.limits))
+            layer = open_layer(source, entry, OpenContext(looking, context.limits))
             if all(layer.identity.get(key) in accepted for key, accepted in parent.expects.items()):
-                return source
+                source.close()
+                return context.opener.allowed(str(path.absolute()), child.files[0], "parent")
         except DiskmorphError:
             pass
         source.close()

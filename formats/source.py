@@ -23,7 +23,7 @@ from diskmorph.formats.errors import FormatError, IntegrityError, PolicyError, S
 from diskmorph.formats.limits import Limits
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 Buffer = bytes | bytearray | memoryview
 
@@ -106,6 +106,10 @@ class ByteSource(ABC):
         """Return what changes when the content does, as far as known without reading: time of change, ETag."""
         return None
 
+    def origins(self) -> Mapping[tuple[int, int], str]:
+        """Return which local files this is read from, and what was opened with it: names by (device, inode)."""
+        return {}
+
     def window(self, offset: int, length: int, name: str | None = None) -> ByteSource:
         """Return the part of this source from `offset`, as a source that ends after `length` bytes."""
         return WindowSource(self, offset, length, name)
@@ -155,6 +159,10 @@ class HeldSource(ByteSource):
         held = self._within(offset, min(length, self.size - offset))
         return self._source.read_upto(offset, length) if held is None else held
 
+    def origins(self) -> Mapping[tuple[int, int], str]:
+        """See ByteSource."""
+        return self._source.origins()
+
     def _within(self, offset: int, length: int) -> memoryview | None:
         at = offset - self._offset
         return self._data[at : at + length] if at >= 0 and 0 <= length <= len(self._data) - at else None
@@ -182,6 +190,10 @@ class WindowSource(ByteSource):
         """See ByteSource."""
         return self._source.version
 
+    def origins(self) -> Mapping[tuple[int, int], str]:
+        """See ByteSource."""
+        return self._source.origins()
+
     def pread(self, offset: int, buffer: memoryview) -> int:
         """See ByteSource."""
         room = max(0, self.size - offset)
@@ -207,9 +219,13 @@ class WindowSource(ByteSource):
 
 
 class FilePool:
-    """Bounds how many files are open at once: the least recently used idle one is closed to make room."""
+    """Bounds how many files are open at once: the least recently used idle one is closed to make room.
+
+    `origins` are all files that ever were in it: names by (device, inode).
+    """
 
     def __init__(self, limit: int = Limits().open_files) -> None:
+        self.origins: dict[tuple[int, int], str] = {}
         self._limit = limit
         self._lock = threading.Lock()
         self._open: OrderedDict[FileSource, tuple[int, int]] = OrderedDict()  # source -> (descriptor, users)
@@ -235,6 +251,7 @@ class FilePool:
         with self._lock:
             self._make_room()
             self._open[source] = (fd, 0)
+            self.origins[source.identity[:2]] = source.name
 
     def drop(self, source: FileSource) -> None:
         """Close the source's descriptor, if it is open."""
@@ -405,6 +422,10 @@ class FileSource(ByteSource):
     def identity(self) -> tuple[int, int, int, int]:
         """Device, inode, size in bytes and mtime in nanoseconds, as they were when the file was opened."""
         return self._identity
+
+    def origins(self) -> Mapping[tuple[int, int], str]:
+        """See ByteSource."""
+        return self._pool.origins
 
     def verify_unchanged(self) -> None:
         """See ByteSource."""
