@@ -1,22 +1,17 @@
-"""`check`: a format's own check, and repairs: into a copy, or in place behind a journal that can undo them.
-
-The journal NAME.diskmorph-journal lies beside the image: JSON lines. A repair begins with {"repair", "file", "size",
-"format"}; each following {"offset", "old", "why"} holds, in hexadecimal digits, the bytes that the repair replaces from
-`offset` on. To undo: write every `old` back, last line first, and cut the file to `size`. The journal is on stable
-storage before the image is touched.
-"""
+"""`check`: a format's own check, and repairs: into a copy, or in place behind a journal that can undo them."""
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diskmorph.convert.options import CheckResult
+from diskmorph.convert.patching import patch_in_place
+from diskmorph.convert.repair import plan_repair
 from diskmorph.formats.check import CheckReport, Patch
-from diskmorph.formats.errors import OptionError, PolicyError, TargetError
+from diskmorph.formats.errors import DiskmorphError, OptionError, TargetError
 from diskmorph.formats.limits import Limits
 from diskmorph.formats.output import FileMember, FileTarget
 from diskmorph.formats.policy import Opener, Parents
@@ -26,9 +21,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from diskmorph.formats.probe import Format
-    from diskmorph.formats.source import ByteSource, FileSource
+    from diskmorph.formats.registry import FormatModule
+    from diskmorph.formats.source import FileSource
 
-JOURNAL = ".diskmorph-journal"
 _BLOCK = 1 << 20
 
 
@@ -52,21 +47,28 @@ def check(
         raise OptionError(f"repair {repair!r} is not known", hint="leaks or all")
     if output is not None and repair is None:
         raise OptionError("-o needs --repair", hint="say --repair leaks or --repair all")
+    if repair is not None and output is None and parents is not None and parents.shared:
+        raise OptionError(
+            "an image that may be in use is not repaired in place", hint="repair into a copy with -o FILE"
+        )
     limits = limits or Limits()
     opener = Opener(parents or Parents(), limits)
     context = OpenContext(opener, limits)
     with opener.user_file(path) as source:
         entry, _ = identify(source, format)
-        report = load(entry).check_image(source, context, repair)
+        module = load(entry)
+        report = module.check_image(source, context, repair)
         if repair is None or (not report.patches and output is None):
             return _result(str(path), report)
+        patches = plan_repair(module, source, context, repair, report)
         if output is not None:
-            _repair_copy(source, Path(output), report.patches, force=force, sync=sync)
+            _refuse_parts(module, source, context, Path(output))
+            _repair_copy(source, Path(output), patches, force=force, sync=sync)
         else:
-            journal = patch_in_place(source, entry, report.patches, repair)
+            journal = patch_in_place(source, entry, patches, repair)
     where = Path(path) if output is None else Path(output)
     left = _again(where, entry, parents, limits)
-    return _result(str(where), left, repaired=len(report.patches), journal=str(journal) if output is None else None)
+    return _result(str(where), left, repaired=len(patches), journal=str(journal) if output is None else None)
 
 
 def _again(path: Path, entry: Format, parents: Parents | None, limits: Limits) -> CheckReport:
@@ -87,6 +89,32 @@ def _result(file: str, report: CheckReport, repaired: int = 0, journal: str | No
         findings=tuple(findings),
         journal=journal,
     )
+
+
+def _refuse_parts(module: FormatModule, source: FileSource, context: OpenContext, output: Path) -> None:
+    """Raise OptionError where a copy of the one file would not be the image: it has others, or would not find them."""
+    try:
+        disk = module.open_image(source, context)
+    except DiskmorphError:
+        return  # what cannot be opened is not known to have any
+    for other in disk.files[1:]:
+        other.close()
+    if len(disk.files) > 1:
+        raise OptionError(
+            "the image consists of several files, of which a copy would hold one",
+            hint="mend it in place, or `convert` it",
+        )
+    names = disk.info.parent.names if disk.info.parent is not None else ()
+    own = source.path.parent if source.path is not None else Path()
+    if names and not any(name.startswith("/") for name in names) and not _same_folder(own, output.parent):
+        raise OptionError(
+            f"the image names its parent from its own folder, which {output.parent} is not",
+            hint="choose a name beside the image",
+        )
+
+
+def _same_folder(first: Path, second: Path) -> bool:
+    return os.path.realpath(first) == os.path.realpath(second)
 
 
 def _repair_copy(source: FileSource, output: Path, patches: Sequence[Patch], *, force: bool, sync: bool) -> None:
@@ -111,71 +139,3 @@ def _refuse_same(source: FileSource, output: Path) -> None:
         return
     if (status.st_dev, status.st_ino) == source.identity[:2]:
         raise TargetError("is the image that is repaired", file=str(output), hint="leave out -o to repair in place")
-
-
-def patch_in_place(source: FileSource, entry: Format, patches: Sequence[Patch], repair: str) -> Path:
-    """Write patches to an image behind a journal, which is returned; `repair` says in it what for."""
-    path = source.path
-    assert path is not None  # noqa: S101 - for the type checker
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except OSError as error:
-        raise TargetError(f"cannot be written: {os.strerror(error.errno or 0)}", file=str(path)) from error
-    try:
-        status = os.fstat(fd)
-        if (status.st_dev, status.st_ino) != source.identity[:2]:
-            raise PolicyError("is another file now", file=str(path))
-        source.verify_unchanged()
-        journal = _write_journal(path, source, entry, patches, repair)
-        _apply(fd, path, patches)
-    finally:
-        os.close(fd)
-    return journal
-
-
-def _apply(fd: int, path: Path, patches: Sequence[Patch]) -> None:
-    try:
-        for patch in patches:
-            if patch.sync:
-                os.fsync(fd)
-            view, at = memoryview(patch.data), patch.offset
-            while view:
-                count = os.pwrite(fd, view, at)
-                view, at = view[count:], at + count
-        os.fsync(fd)
-    except OSError as error:
-        raise TargetError(
-            f"the repair could not be written: {os.strerror(error.errno or 0)}",
-            file=str(path),
-            hint=f"{path.name}{JOURNAL} holds what was there before",
-        ) from error
-
-
-def _write_journal(path: Path, source: ByteSource, entry: Format, patches: Sequence[Patch], repair: str) -> Path:
-    journal = path.with_name(path.name + JOURNAL)
-    lines: list[dict[str, Any]] = [{"repair": repair, "file": path.name, "size": source.size, "format": entry.name}]
-    lines += [
-        {"offset": patch.offset, "old": source.read_upto(patch.offset, len(patch.data)).hex(), "why": patch.why}
-        for patch in patches
-    ]
-    text = "".join(json.dumps(line) + "\n" for line in lines).encode()
-    try:
-        fd = os.open(journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        try:
-            while text:
-                text = text[os.write(fd, text) :]
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        raise TargetError(
-            f"the journal cannot be written: {os.strerror(error.errno or 0)}",
-            file=str(journal),
-            hint="repair into a copy with -o FILE",
-        ) from error
-    return journal

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diskmorph.convert.check import patch_in_place
 from diskmorph.convert.compare import compare_disks
 from diskmorph.convert.opening import open_source
 from diskmorph.convert.options import ConvertOptions, ConvertReport, Progress
+from diskmorph.convert.patching import patch_in_place
 from diskmorph.formats.allocator import NewParent
 from diskmorph.formats.errors import IntegrityError, OptionError, UnsupportedError
 from diskmorph.formats.policy import Opener

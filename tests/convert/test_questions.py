@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import diskmorph
-from diskmorph.convert.check import JOURNAL
+from diskmorph.convert.patching import JOURNAL
 from diskmorph.convert.digest import LEAF
 from diskmorph.formats.errors import FormatError, OptionError, TargetError
 from diskmorph.formats.views import Memory, Zero
