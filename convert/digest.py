@@ -72,20 +72,55 @@ def tree_digest(
     disk: Disk, *, threads: int | None = None, on_progress: Callable[[Progress], None] | None = None
 ) -> bytes:
     """Return the root of the hash tree over a disk's bytes."""
-    leaves = [zero_leaf(LEAF)] * (disk.size // LEAF)
-    if disk.size % LEAF:
-        leaves.append(zero_leaf(disk.size % LEAF))
+    tree = _HashTree()
     with Reader(disk) as reader:
-        hands = [_LeafHand(reader, leaves) for _ in range(threads or len(os.sched_getaffinity(0)))]
+        hands = [_LeafHand(reader, tree) for _ in range(threads or len(os.sched_getaffinity(0)))]
         _drive(disk, hands, Grid(disk.size, LEAF, LEAF, LEAF, LEAF), on_progress)
-    while len(leaves) > 1:
-        pairs = [
-            hashlib.sha256(b"\1" + left + right).digest()
-            for left, right in zip(leaves[::2], leaves[1::2], strict=False)
-        ]
-        leaves = pairs + leaves[len(pairs) * 2 :]
-    top = leaves[0] if leaves else bytes(32)
-    return hashlib.sha256(b"\2" + disk.size.to_bytes(8, "little") + top).digest()
+    return hashlib.sha256(b"\2" + disk.size.to_bytes(8, "little") + tree.top()).digest()
+
+
+class _HashTree:
+    """The tree over leaves that come in order: only the roots of whole subtrees are kept, one of a height at most."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._roots: list[tuple[int, bytes]] = []  # height and hash, the highest and leftmost first
+        self._zero = [zero_leaf(LEAF)]  # by height, subtrees of zeroes
+
+    def add(self, root: bytes, height: int = 0) -> None:
+        """Append a leaf, or a whole subtree where so many leaves came before that it stands on its own."""
+        self._count += 1 << height
+        while self._roots and self._roots[-1][0] == height:
+            root = _joined(self._roots.pop()[1], root)
+            height += 1
+        self._roots.append((height, root))
+
+    def add_zeroes(self, count: int) -> None:
+        """Append leaves of zeroes, in as many steps as the tree is high."""
+        while count:
+            height = count.bit_length() - 1
+            if self._count:
+                height = min(height, (self._count & -self._count).bit_length() - 1)
+            self.add(self._zeroes(height), height)
+            count -= 1 << height
+
+    def _zeroes(self, height: int) -> bytes:
+        while len(self._zero) <= height:
+            self._zero.append(_joined(self._zero[-1], self._zero[-1]))
+        return self._zero[height]
+
+    def top(self) -> bytes:
+        """Return the root over all leaves; what is odd at the end of a level went up as it was."""
+        if not self._roots:
+            return bytes(32)
+        *left, (_, top) = self._roots
+        for _, root in reversed(left):
+            top = _joined(root, top)
+        return top
+
+
+def _joined(left: bytes, right: bytes) -> bytes:
+    return hashlib.sha256(b"\1" + left + right).digest()
 
 
 def zero_leaf(length: int) -> bytes:
@@ -143,27 +178,36 @@ class _OrderedHand:
 
 
 class _LeafHand:
-    """Hashes the leaves of a window."""
+    """Hashes the leaves of a window, and adds them to the tree in turn."""
 
-    def __init__(self, reader: Reader, leaves: list[bytes]) -> None:
-        self._reader, self._leaves = reader, leaves
+    def __init__(self, reader: Reader, tree: _HashTree) -> None:
+        self._reader, self._tree = reader, tree
         self._buffer = new_buffer(LEAF)
         self.done = 0
 
-    def prepare(self, window: Window) -> Window:
+    def prepare(self, window: Window) -> tuple[Window, list[bytes]]:
         if not window.read:
-            return window
+            return window, []
         plan = layout(window.segments, LEAF)
         buffer = self._buffer[: plan.size]
         self._reader.fill(window.rows, plan.pieces, buffer)
-        for start, length, at in plan.pieces.tolist():
+        leaves = []
+        for _, length, at in plan.pieces.tolist():
             state = hashlib.sha256(b"\0")
             state.update(buffer[at : at + length])
-            self._leaves[start // LEAF] = state.digest()
-        return window
+            leaves.append(state.digest())
+        return window, leaves
 
-    def settle(self, window: Window) -> None:
-        """Leaves need no order."""
+    def settle(self, batch: tuple[Window, list[bytes]]) -> None:
+        window, leaves = batch
+        read = iter(leaves)
+        for _, length, _, mode in window.segments.tolist():
+            if mode == READ:
+                self._tree.add(next(read))
+                continue
+            self._tree.add_zeroes(length // LEAF)
+            if length % LEAF:
+                self._tree.add(zero_leaf(length % LEAF))
 
-    def write(self, window: Window) -> None:
-        self.done += window.stop - window.start
+    def write(self, batch: tuple[Window, list[bytes]]) -> None:
+        self.done += batch[0].stop - batch[0].start
