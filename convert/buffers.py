@@ -170,10 +170,11 @@ def with_segments(window: Window, runs: NDArray[np.void] | None) -> NDArray[np.v
 
 
 def joined(runs: NDArray[np.void]) -> NDArray[np.void]:
-    """Return plain RUN rows with neighbours of one kind merged."""
+    """Return plain RUN rows with those of one kind merged that touch each other."""
     if len(runs) < 2:
         return runs
-    heads = np.concatenate(([0], np.flatnonzero(runs["kind"][1:] != runs["kind"][:-1]) + 1))
+    apart = runs["start"][1:] != runs["start"][:-1] + runs["length"][:-1]
+    heads = np.concatenate(([0], np.flatnonzero(apart | (runs["kind"][1:] != runs["kind"][:-1])) + 1))
     if len(heads) == len(runs):
         return runs
     out = runs.take(heads)

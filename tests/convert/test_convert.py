@@ -360,6 +360,29 @@ def test_overlay_compressed_and_over_a_longer_and_a_shorter_base(tmp_path: Path)
         reads_as(over, bytes(now), parents=tmp_path)
 
 
+@pytest.mark.parametrize("compress", ["deflate", "zstd"])
+def test_zeroes_among_compressed_clusters_stay_where_they_are(compress: str, tmp_path: Path) -> None:
+    """Zero clusters with data between them: over a base, in a map, and with subclusters, each at its own place."""
+    cluster = 65536
+    base = Memory(data(1, 8 * cluster))
+    over = bytearray(data(1, 8 * cluster))
+    over[:cluster], over[2 * cluster : 3 * cluster] = bytes(cluster), bytes(cluster)
+    over[cluster : 2 * cluster] = data(2, cluster)
+    diskmorph.convert(base, tmp_path / "base.qcow2")
+    options = ConvertOptions(base=tmp_path / "base.qcow2", compress=compress)
+    diskmorph.convert(Memory(over), tmp_path / "over.qcow2", options=options)
+    with diskmorph.open_disk(tmp_path / "over.qcow2", parents=tmp_path) as disk:
+        assert content(disk) == over
+    for words in ({}, {"extended_l2": "on"}):
+        target = tmp_path / f"whole{len(words)}.qcow2"
+        diskmorph.convert(Memory(over), target, options=ConvertOptions(compress=compress, format_options=words))
+        with diskmorph.open_disk(target) as disk:
+            kinds = [(int(e["start"]) // cluster, int(e["kind"])) for rows in disk.extents() for e in rows]
+            assert content(disk) == over
+        assert [start for start, kind in kinds if kind == ZERO] == [0, 2]
+        run("qemu-img", "check", "-q", target)
+
+
 def test_overlay_of_a_chain_reads_little(tmp_path: Path) -> None:
     diskmorph.convert(Memory(data(1, 32 * MIB)), tmp_path / "base.qcow2")
     run("qemu-img", "create", "-q", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", tmp_path / "top.qcow2")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import tempfile
+import tracemalloc
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -16,7 +20,7 @@ from diskmorph.convert.options import ConvertOptions
 from diskmorph.convert.windows import CLONE, READ, SKIP, Grid, everything, regroup, windows
 from diskmorph.formats.disk import Disk
 from diskmorph.formats.extents import DATA, EXTENT, HOLE, ZERO, stops
-from diskmorph.formats.views import Mapped, Memory
+from diskmorph.formats.views import Mapped, Memory, Zero
 
 from testkit import MIB, content, pattern_disk, run
 
@@ -28,6 +32,7 @@ FORMATS = [
     ("qcow2", {"extended_l2": "on"}, None),
     ("qcow2", {}, "deflate"),
     ("qcow2", {}, "zstd"),
+    ("qcow2", {"extended_l2": "on"}, "deflate"),
     ("vmdk", {}, None),
     ("vmdk", {"subformat": "streamOptimized"}, None),
     ("vdi", {}, None),
@@ -76,14 +81,17 @@ def test_any_disk(disk: Disk, kind: tuple[str, dict[str, str], str | None], zero
 
 
 @QUICK
-@given(disks(), disks(), st.sampled_from(["qcow2", "vmdk", "vhd", "vhdx"]))
-def test_any_overlay(base: Disk, disk: Disk, format: str) -> None:
+@given(disks(), disks(), st.sampled_from(["qcow2", "qcow2:deflate", "qcow2:zstd", "vmdk", "vhd", "vhdx"]))
+def test_any_overlay(base: Disk, disk: Disk, kind: str) -> None:
+    name, _, compress = kind.partition(":")
     with tempfile.TemporaryDirectory() as folder:
         size = max(base.size, disk.size) // 512 * 512 + 512
-        diskmorph.convert(base, Path(folder, f"base.{format}"), options=ConvertOptions(size=size))
-        options = ConvertOptions(base=Path(folder, f"base.{format}"), size=size, verify=True)
-        diskmorph.convert(disk, Path(folder, f"over.{format}"), options=options)
-        got = back(Path(folder, f"over.{format}"), disk.size, parents=folder)
+        diskmorph.convert(base, Path(folder, f"base.{name}"), options=ConvertOptions(size=size))
+        options = ConvertOptions(
+            base=Path(folder, f"base.{name}"), size=size, compress=compress or None, verify=not compress
+        )
+        diskmorph.convert(disk, Path(folder, f"over.{name}"), options=options)
+        got = back(Path(folder, f"over.{name}"), disk.size, parents=folder)
         assert got == content(disk)
 
 
@@ -165,9 +173,14 @@ def test_regroup_with_clones(rows: np.ndarray, step: int) -> None:
     st.sampled_from([(512, 512), (65536, 65536), (65536, 2048), (2 * MIB, 512), (2 * MIB, 2 * MIB)]),
     st.sampled_from([0, 2 * MIB]),
     st.booleans(),
+    st.sampled_from([1, 3, 1 << 16]),
 )
-def test_windows(rows: np.ndarray, sizes: tuple[int, int], stride: int, dense: bool) -> None:
-    unit, step = sizes
+def test_windows(rows: np.ndarray, sizes: tuple[int, int], stride: int, dense: bool, pieces: int) -> None:
+    with mock.patch("diskmorph.convert.windows._PIECES", pieces):
+        hold_windows(rows, *sizes, stride, dense)
+
+
+def hold_windows(rows: np.ndarray, unit: int, step: int, stride: int, dense: bool) -> None:
     disk = Mapped(rows, [])
     capacity = max(MIB, unit)
     grid = Grid(disk.size, unit, step, capacity, max(step, 4096), stride)
@@ -182,6 +195,21 @@ def test_windows(rows: np.ndarray, sizes: tuple[int, int], stride: int, dense: b
         assert int(window.rows["start"][0]) <= window.start
         assert int(stops(window.rows)[-1]) >= window.stop
     assert at == disk.size
+
+
+@pytest.mark.parametrize("kind", [ZERO, DATA])
+def test_windows_of_a_giant_take_little_memory(kind: int) -> None:
+    """The pieces of a long run are cut as they are needed."""
+    size = 1 << 58
+    grid = Grid(size, 4096, 4096, 4 * MIB, 4096)
+    tracemalloc.start()
+    at = 0
+    for window in itertools.islice(windows(Zero(size, kind=kind), grid), 70_000):
+        assert window.start == at
+        at = window.stop
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 32 * MIB
 
 
 @QUICK
