@@ -11,12 +11,18 @@ import errno
 import fcntl
 import os
 import struct
+from typing import TYPE_CHECKING
 
 from diskmorph.formats.errors import PolicyError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 _FLOCK = "hhqqi4x"  # struct flock of Linux, 64-bit: l_type, l_whence, l_start, l_len, l_pid
 _READS, _WRITES, _RESIZES = 0, 1, 3
 _DOES, _FORBIDS = 100, 200
+_OTHERS = (_DOES + _WRITES, _DOES + _RESIZES, _FORBIDS + _READS, _FORBIDS + _WRITES, _FORBIDS + _RESIZES)
+"""What of another process stands against a change of the file."""
 _GETLK = getattr(fcntl, "F_OFD_GETLK", 36)
 _SETLK = getattr(fcntl, "F_OFD_SETLK", 37)
 
@@ -34,9 +40,21 @@ def lock_for_writing(fd: int, name: str) -> None:
         if error.errno in {errno.EAGAIN, errno.EACCES}:
             raise _in_use(name) from error
         return
-    others = (_DOES + _WRITES, _DOES + _RESIZES, _FORBIDS + _READS, _FORBIDS + _WRITES, _FORBIDS + _RESIZES)
-    if any(_held_by_another(fd, byte) for byte in others):
+    if any(_held_by_another(fd, byte) for byte in _OTHERS):
         raise _in_use(name)
+
+
+def refuse_in_use(path: Path) -> None:
+    """Raise PolicyError if a process uses a file that is about to be replaced: it would go on with the old one."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError:
+        return  # a link to nowhere, or a file that is not ours to read
+    try:
+        if any(_held_by_another(fd, byte) for byte in _OTHERS):
+            raise _in_use(str(path))
+    finally:
+        os.close(fd)
 
 
 def _held_by_another(fd: int, byte: int) -> bool:

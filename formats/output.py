@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Protocol, Self
 
 from diskmorph.formats.errors import IntegrityError, TargetError
+from diskmorph.formats.locking import refuse_in_use
 from diskmorph.formats.marks import attach
 from diskmorph.formats.reserving import LEAST, gains
 
@@ -289,6 +290,8 @@ class FileTarget(Target):
             raise TargetError("exists and is not a regular file", file=str(path), hint=hint)
         if not self._force:
             raise TargetError("exists already", file=str(path), hint="replace it with --force")
+        if stat.S_ISREG(status.st_mode):
+            refuse_in_use(path)
 
     def commit(self, sizes: Sequence[int]) -> None:
         """See Target."""

@@ -33,6 +33,11 @@ class Parents:
     shared: bool = False
     passphrase: bytes | None = field(default=None, repr=False)
 
+    def __post_init__(self) -> None:
+        """Take one directory for a tuple of one: a string's letters would allow "/"."""
+        if isinstance(self.allow, str | os.PathLike):
+            object.__setattr__(self, "allow", (Path(self.allow),))
+
     @classmethod
     def of(cls, what: Parents | str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | None) -> Parents:
         """Return `what` as Parents: one as it is, a directory or several as `allow`, None as nothing allowed."""

@@ -92,6 +92,14 @@ def test_special_files_are_refused_even_where_allowed(cage, what):
                 ask("special", near)
 
 
+def test_one_directory_given_as_a_string_is_not_taken_for_its_letters(cage):
+    parents = Parents(allow=str(cage / "cage"))
+    assert parents.allow == (cage / "cage",)
+    near = FileSource(cage / "cage/image")
+    with pytest.raises(PolicyError):
+        Opener(parents).sibling(str(cage / "secret/canary"), near)
+
+
 def test_an_image_without_a_folder_has_no_siblings():
     with pytest.raises(PolicyError):
         Opener().sibling("part", BytesSource(b"x"))
