@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -35,6 +35,8 @@ CLONE_LEAST = 256 << 10
 CLONE_ALIGN = 4096
 _SPAN_UNITS = 1 << 17
 """Units that one window may ask a place for: bounds the tables that a writer holds at once."""
+_PIECES = 1 << 16
+"""Pieces that runs are cut into at once, some 100 bytes each."""
 
 
 @dataclass(slots=True)
@@ -220,11 +222,20 @@ def _trim(part: NDArray[np.void], start: int, stop: int) -> None:
 def _bounds(segments: NDArray[np.void], grid: Grid) -> Iterator[int]:
     """Yield where windows end: on units, as far on as a window may reach."""
     starts, ends, kinds, modes = _on_units(segments, grid)
-    ends, costs = _costs(starts, ends, kinds, modes, grid)
-    total = np.cumsum(costs)
-    closing = np.flatnonzero((ends % np.uint64(grid.unit) == 0) | (ends == ends[-1]))
-    ends, total = ends[closing], total[closing]
-    stations = np.flatnonzero(ends % np.uint64(grid.stride) == 0) if grid.stride else closing[:0]
+    last, before = ends[-1], 0.0
+    for part in _blocks(starts, ends, _periods(kinds, modes, grid)):
+        pieces, costs = _costs(part, kinds, modes, grid)
+        total = np.cumsum(costs) + before
+        closing = np.flatnonzero((pieces % np.uint64(grid.unit) == 0) | (pieces == last))
+        before = float(total[-1])
+        if len(closing):
+            yield from _reaches(pieces[closing], total[closing], grid)
+            before -= float(total[closing[-1]])
+
+
+def _reaches(ends: NDArray[np.uint64], total: NDArray[np.float64], grid: Grid) -> Iterator[int]:
+    """Yield the ends that windows reach; `total` is what all costs up to each end."""
+    stations = np.flatnonzero(ends % np.uint64(grid.stride) == 0) if grid.stride else np.zeros(0, np.intp)
     at, spent = 0, 0.0
     while at < len(ends):
         following = max(at + 1, int(np.searchsorted(total, spent + 1.0, side="right")))
@@ -254,18 +265,49 @@ def _on_units(
     return cuts, np.append(cuts[1:], stop[-1]), segments["kind"][owner], segments["mode"][owner]
 
 
+def _periods(kinds: NDArray[np.uint8], modes: NDArray[np.uint8], grid: Grid) -> NDArray[np.uint64]:
+    """Return of each segment the distance of the places where it may be cut: none is within a hole."""
+    span = min(grid.span // grid.unit * grid.unit, grid.stride or 1 << 62)
+    period = np.where(modes == READ, max(grid.capacity // grid.unit, 1) * grid.unit, span)
+    return np.where(kinds == HOLE, np.uint64(1 << 62), period.astype(np.uint64))
+
+
+class _Block(NamedTuple):
+    """Segments that are cut at once, from number `first` on, and what is cut of them."""
+
+    first: int
+    start: NDArray[np.uint64]
+    stop: NDArray[np.uint64]
+    period: NDArray[np.uint64]
+
+
+def _blocks(start: NDArray[np.uint64], stop: NDArray[np.uint64], period: NDArray[np.uint64]) -> Iterator[_Block]:
+    """Yield all segments in blocks of at most `_PIECES` pieces, which memory is taken for; a long one in parts."""
+    pieces = ((stop + period - np.uint64(1)) // period - start // period).astype(np.int64)
+    total = np.cumsum(pieces)
+    first, done = 0, 0
+    while first < len(start):
+        last = int(np.searchsorted(total, done + _PIECES, side="right"))
+        if last > first:
+            yield _Block(first, start[first:last], stop[first:last], period[first:last])
+        else:
+            last = first + 1
+            yield from _parts(first, int(start[first]), int(stop[first]), int(period[first]))
+        first, done = last, int(total[last - 1])
+
+
+def _parts(number: int, start: int, stop: int, period: int) -> Iterator[_Block]:
+    step = period * _PIECES
+    for at in range(start // step * step, stop, step):
+        bounds = (max(at, start), min(at + step, stop), period)
+        yield _Block(number, *(np.array([bound], np.uint64) for bound in bounds))
+
+
 def _costs(
-    start: NDArray[np.uint64],
-    stop: NDArray[np.uint64],
-    kinds: NDArray[np.uint8],
-    modes: NDArray[np.uint8],
-    grid: Grid,
+    block: _Block, kinds: NDArray[np.uint8], modes: NDArray[np.uint8], grid: Grid
 ) -> tuple[NDArray[np.uint64], NDArray[np.float64]]:
     """Cut segments into pieces none of which is more than a window; return their ends and costs (1: one window)."""
-    reads = modes == READ
-    span = min(grid.span // grid.unit * grid.unit, grid.stride or 1 << 62)
-    period = np.where(reads, max(grid.capacity // grid.unit, 1) * grid.unit, span)
-    period = np.where(kinds == HOLE, np.uint64(1 << 62), period.astype(np.uint64))
+    start, stop, period = block.start, block.stop, block.period
     first, last = start // period, (stop + period - np.uint64(1)) // period
     counts = (last - first).astype(np.int64)
     owner = np.repeat(np.arange(len(start)), counts)
@@ -274,7 +316,8 @@ def _costs(
     ends = np.minimum(stop[owner], (first[owner] + turn + np.uint64(1)) * period[owner])
     lengths = (ends - begins).astype(np.float64)
     padded = np.ceil(lengths / grid.pad) * grid.pad
-    costs = np.where(reads[owner], padded / grid.capacity, 0.0) + np.where(
+    owner += block.first
+    costs = np.where(modes[owner] == READ, padded / grid.capacity, 0.0) + np.where(
         kinds[owner] == HOLE, 0.0, lengths / (2.0 * grid.span)
     )
     return ends, costs
