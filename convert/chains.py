@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from diskmorph.convert.job import perform
 from diskmorph.convert.opening import Opened, open_source
 from diskmorph.convert.options import ConvertOptions, ConvertReport, Moved, Progress
-from diskmorph.convert.plan import STDOUT, make_plan, target_format
+from diskmorph.convert.plan import STDOUT, clear_text, make_plan, target_format
 from diskmorph.convert.targets import applied
 from diskmorph.formats.errors import OptionError, UnsupportedError
 from diskmorph.formats.policy import Parents
@@ -114,7 +114,8 @@ def _layers(
     opened: Opened, format: str, options: ConvertOptions, stack: contextlib.ExitStack
 ) -> tuple[list[Layer], list[str]]:
     """Return the layers from the base up, internal snapshots of the top by their age, and what is lost."""
-    lost: list[str] = []
+    encrypted = "encrypt.format" in options.format_options
+    lost = clear_text(opened.layers, encrypted=encrypted)
     found: list[Layer] = []
     whole: Disk = opened.layers[-1]
     for number, layer in enumerate(reversed(opened.layers)):
@@ -163,7 +164,8 @@ def _write(
 ) -> list[ConvertReport]:
     """Write the layers one by one; on failure remove those that are new."""
     folder = paths[-1].parent
-    parents = Parents((*options.parents.allow, folder), None, options.parents.shared)
+    passphrase = options.target_passphrase or options.parents.passphrase
+    parents = Parents((*options.parents.allow, folder), None, options.parents.shared, passphrase)
     plain = replace(options, target_format=format, parents=parents, source_format=None, disk=None)
     total = sum(layer.disk.size for layer in layers)
     reports: list[ConvertReport] = []

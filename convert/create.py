@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diskmorph.convert.job import convert, perform, refuse_own_files
+from diskmorph.convert.job import perform, refuse_own_files
 from diskmorph.convert.opening import Opened, open_source
 from diskmorph.convert.options import ConvertOptions, ConvertReport
-from diskmorph.convert.plan import make_plan, require_zero
+from diskmorph.convert.plan import Plan, losses, make_plan, require_zero
 from diskmorph.formats.errors import OptionError, TargetError, UnsupportedError
 from diskmorph.formats.extents import ABSENT, HOLE
 from diskmorph.formats.probe import RAW
@@ -66,11 +66,21 @@ def resize(
     ) as opened:
         disk = _resized(opened.disk, size, shrink=shrink)
         wanted = options if output is not None and options.target_format else _alike(opened, options)
-        if output is not None:
-            return replace(convert(disk, output, options=replace(wanted, size=None)), source=opened.name)
-        _require_whole(opened)
-        with make_plan(disk, path, replace(wanted, force=True, size=None)) as plan:
+        if output is None:
+            _require_whole(opened)
+            wanted = replace(wanted, force=True)
+        with make_plan(disk, path if output is None else output, replace(wanted, size=None)) as plan:
+            if output is not None:
+                refuse_own_files(plan)
+            _tell_losses(opened, plan)
             return replace(perform(plan), source=opened.name)
+
+
+def _tell_losses(opened: Opened, plan: Plan) -> None:
+    """Add what the image's own headers say to a plan that knows the disk alone."""
+    lost, notes = losses(opened, plan.disk, plan.format, plan.allocator)
+    plan.lost = tuple(dict.fromkeys((*lost, *plan.lost)))
+    plan.notes = tuple(dict.fromkeys((*notes, *plan.notes)))
 
 
 def _resized(disk: Disk, size: int, *, shrink: bool) -> Disk:
@@ -102,36 +112,25 @@ def _alike(opened: Opened, options: ConvertOptions) -> ConvertOptions:
 
 
 def _require_whole(opened: Opened) -> None:
+    """Raise UnsupportedError where rewriting the image in its place would lose more than its size."""
     info = opened.info
     if len(opened.layers) > 1 or (info is not None and info.parent is not None):
-        raise UnsupportedError(
-            "an overlay cannot be resized in its place", file=opened.name, feature="resize", hint="write to -o FILE"
-        )
+        raise _elsewhere(opened, "an overlay cannot be resized in its place")
     if info is not None and "compressed_by" in info.features:
-        raise UnsupportedError(
-            "is compressed as one file and cannot be resized in its place",
-            file=opened.name,
-            feature="resize",
-            hint="write to -o FILE",
+        raise _elsewhere(opened, "is compressed as one file and cannot be resized in its place")
+    if info is not None and info.encrypted:
+        raise _elsewhere(
+            opened,
+            f"resizing in its place would lose its encryption ({info.features['encryption']})",
+            "`convert --size SIZE -o encrypt.format=luks --target-passphrase-file FILE` writes an encrypted qcow2",
         )
     if info is not None and (info.snapshots or info.bitmaps):
-        raise UnsupportedError(
-            "resizing in its place would lose its snapshots or bitmaps",
-            file=opened.name,
-            feature="resize",
-            hint="write to -o FILE",
-        )
+        raise _elsewhere(opened, "resizing in its place would lose its snapshots or bitmaps")
     if len(opened.files) > 1:
-        raise UnsupportedError(
-            "an image of several files cannot be resized in its place",
-            file=opened.name,
-            feature="resize",
-            hint="write to -o FILE",
-        )
+        raise _elsewhere(opened, "an image of several files cannot be resized in its place")
     if Path(opened.name).is_symlink():
-        raise UnsupportedError(
-            "is a symbolic link, which would be replaced",
-            file=opened.name,
-            feature="resize",
-            hint="name the file itself",
-        )
+        raise _elsewhere(opened, "is a symbolic link, which would be replaced", "name the file itself")
+
+
+def _elsewhere(opened: Opened, problem: str, hint: str = "write to -o FILE") -> UnsupportedError:
+    return UnsupportedError(problem, file=opened.name, feature="resize", hint=hint)

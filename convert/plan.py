@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from diskmorph.convert.options import ConvertOptions
     from diskmorph.convert.resume import Journal
     from diskmorph.formats.bitmaps import DirtyBitmap
-    from diskmorph.formats.disk import Disk
+    from diskmorph.formats.disk import Disk, ImageDisk
 
 STDOUT = "-"
 
@@ -93,7 +93,7 @@ def make_plan(
         bitmaps = bitmaps or _bitmaps(opened, disk, entry)
         allocator = new_allocator(entry, disk, name, options, base, journal, bitmaps)
         disk = grown(disk, allocator.size)
-        lost, notes = _losses(opened, disk, entry, allocator, given)
+        lost, notes = losses(opened, disk, entry, allocator, given)
         notes += _ambiguity(opened, options) + changes(profile, options, name, opened.disk.size, disk.size)
         if profile is not None:
             from diskmorph.convert.cloud_facts import remarks  # noqa: PLC0415 - only with --for
@@ -264,8 +264,8 @@ def _identity(disk: Disk, options: ConvertOptions, journal: Journal | None) -> I
     return Identity(tree_digest(disk, threads=options.threads))
 
 
-def _losses(
-    source: Opened, disk: Disk, entry: Format, allocator: Allocator, bitmaps: tuple[str, ...]
+def losses(
+    source: Opened, disk: Disk, entry: Format, allocator: Allocator, bitmaps: tuple[str, ...] = ()
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return what the target cannot hold, and what else a user should know; `bitmaps` came with an open disk."""
     lost: list[str] = []
@@ -277,6 +277,7 @@ def _losses(
             lost.append(f"internal snapshots: {', '.join(names)}")
         bitmaps = (*bitmaps, *info.bitmaps)
         notes.extend(info.warnings)
+    lost += clear_text(source.layers, encrypted=allocator.encrypted)
     gone = [name for name in bitmaps if name not in allocator.bitmaps]
     if gone:
         lost.append(f"dirty bitmaps: {', '.join(gone)}")
@@ -290,6 +291,12 @@ def _losses(
             "partition tables made for the one are not found with the other"
         )
     return tuple(lost), tuple(notes)
+
+
+def clear_text(layers: Sequence[ImageDisk], *, encrypted: bool) -> list[str]:
+    """Return what is lost where what was encrypted is stored in the clear."""
+    found = dict.fromkeys(str(layer.info.features["encryption"]) for layer in layers if layer.info.encrypted)
+    return [] if encrypted else [f"encryption ({name}): the target holds the content in the clear" for name in found]
 
 
 def _ambiguity(source: Opened, options: ConvertOptions) -> tuple[str, ...]:

@@ -261,6 +261,11 @@ class ImageInfo:
     warnings: tuple[str, ...] = ()
     """What a user should know: dirty flags, a damaged copy that was passed over."""
 
+    @property
+    def encrypted(self) -> bool:
+        """Whether the image holds its data encrypted; `features["encryption"]` names how."""
+        return "encryption" in self.features
+
 
 class ImageDisk(Disk):
     """A Disk read from an image file. ABSENT rows ask the parent, where `info.parent` names one."""
