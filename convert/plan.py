@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+from diskmorph.convert.guess import remarks_on_guess
 from diskmorph.convert.opening import Opened, open_source
 from diskmorph.convert.targets import Profile, applied, changes, padded
 from diskmorph.formats.allocator import Allocator, Identity, NewImage, NewParent
@@ -94,7 +95,8 @@ def make_plan(
         allocator = new_allocator(entry, disk, name, options, base, journal, bitmaps)
         disk = grown(disk, allocator.size)
         lost, notes = losses(opened, disk, entry, allocator, given)
-        notes += _ambiguity(opened, options) + changes(profile, options, name, opened.disk.size, disk.size)
+        notes += _ambiguity(opened, options) + remarks_on_guess(opened, options.source_format)
+        notes += changes(profile, options, name, opened.disk.size, disk.size)
         if profile is not None:
             from diskmorph.convert.cloud_facts import remarks  # noqa: PLC0415 - only with --for
 

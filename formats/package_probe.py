@@ -31,6 +31,11 @@ def is_ova(source: ByteSource) -> bool:
     return False
 
 
+def is_tar_header(block: bytes) -> bool:
+    """Whether a tar archive begins with this block."""
+    return _tar_size(block) is not None
+
+
 def _tar_size(block: bytes) -> int | None:
     """Return the bytes that follow a tar header; None if this is none."""
     digits = block[148:156].strip(b"\0 ")

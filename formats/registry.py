@@ -15,6 +15,7 @@ from diskmorph.formats.errors import (
     SourceError,
     UnsupportedError,
 )
+from diskmorph.formats.foreign import refuse_foreign
 from diskmorph.formats.limits import Limits
 from diskmorph.formats.policy import Opener, Parents
 from diskmorph.formats.probe import RAW, Format, Signature, format_named, format_of_suffix, signatures
@@ -73,7 +74,8 @@ def require_format(name: str) -> Format:
 def identify(source: ByteSource, format: str | None = None) -> tuple[Format, list[Signature]]:
     """Return the format of a source (`format` decides, else its content) and every signature found.
 
-    Raises FormatError where content says raw and the name's suffix another format.
+    Raises FormatError where content says raw and the name's suffix another format, UnsupportedError where it has the
+    mark of something that is no disk in itself.
     """
     found = signatures(source)
     if format is not None:
@@ -81,9 +83,12 @@ def identify(source: ByteSource, format: str | None = None) -> tuple[Format, lis
     outer = next((signature for signature in found if signature.outer), None)
     if outer is not None:
         return require_format(outer.format), found
-    claimed = format_of_suffix(source.name)
-    if claimed is not None and claimed is not RAW and source.path is not None:
-        _refuse_archive(source, claimed)
+    claimed = format_of_suffix(source.name) if source.path is not None else None
+    if claimed is not None and claimed.kind == "wrapper":
+        _refuse_archive(source)
+    elif not found:
+        refuse_foreign(source)
+    if claimed is not None and claimed is not RAW:
         raise FormatError(
             f"its name says {claimed.name}, but it has no {claimed.name} structure: it may be cut off or damaged",
             file=source.name,
@@ -95,10 +100,8 @@ def identify(source: ByteSource, format: str | None = None) -> tuple[Format, lis
     return RAW, found
 
 
-def _refuse_archive(source: ByteSource, claimed: Format) -> None:
+def _refuse_archive(source: ByteSource) -> None:
     """Raise UnsupportedError for a sound compressed file that holds an archive of files, such as an OVA."""
-    if claimed.name != "compressed":
-        return
     from diskmorph.formats.spool import codec_of  # noqa: PLC0415 - compressed files only
 
     codec = codec_of(source)

@@ -215,6 +215,6 @@ def test_colours_and_no_color(disk: Path) -> None:
 
 
 def test_no_bar_off_a_terminal(disk: Path) -> None:
-    done = dm("convert", "--rate", "6M", disk, "out.vdi").ok()
+    done = dm("convert", "-f", "raw", "--rate", "6M", disk, "out.vdi").ok()
     assert done.err == ""
     assert "\r" in dm("convert", "-p", "--force", "--rate", "4M", disk, "out.vdi").ok().err
