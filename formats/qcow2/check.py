@@ -6,6 +6,7 @@ them a corruption.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +15,7 @@ from diskmorph.formats.check import ERROR, LEAK, WARNING, CheckReport
 from diskmorph.formats.errors import FormatError, OptionError, UnsupportedError
 from diskmorph.formats.extents import PLAIN
 from diskmorph.formats.qcow2 import schema as s
+from diskmorph.formats.qcow2.extensions import read_snapshots
 from diskmorph.formats.qcow2.flags import Singles, active_tables, wrong_flags
 from diskmorph.formats.qcow2.header import read_header
 from diskmorph.formats.qcow2.reader import open_image
@@ -71,20 +73,45 @@ def _check_bits(header: Header, report: CheckReport) -> None:
 
 def _check_tail(survey: Survey, context: OpenContext, report: CheckReport) -> None:
     """Report data that is missing where the file ends inside a cluster, which no count of clusters shows."""
-    source, header = survey.source, survey.header
-    inside = source.size % header.cluster != 0 and not header.has_data_file
-    if report.corruptions or not (inside or survey.overhang):
-        return
+    if survey.overhang and not survey.header.has_data_file:
+        _check_overhang(survey, context, report)
+    if survey.rebuild and survey.beyond:
+        message = "refcounts are not built anew: what lies beyond the file's end is, or may be, referred to"
+        message += "; restore the rest of the file first"
+        report.add("refcount table", survey.header.refcount_offset, message, WARNING)
+
+
+def _check_overhang(survey: Survey, context: OpenContext, report: CheckReport) -> None:
+    contexts = [context]
+    if survey.rebuild:  # the file would grow: what only snapshots have must not become zeroes either
+        contexts += _of_snapshots(survey, context)
+    for one in contexts:
+        try:
+            _read_last(survey.source, one)
+        except FormatError as error:
+            survey.beyond = True
+            survey.unmended += 1
+            if not report.corruptions:
+                report.add(error.structure or "data cluster", error.offset, error.problem)
+        except UnsupportedError:  # encrypted: where its data ends is not looked at
+            survey.beyond = True
+
+
+def _of_snapshots(survey: Survey, context: OpenContext) -> list[OpenContext]:
     try:
-        disk = open_image(source, context)
-        for rows in disk.extents():
-            last = rows[(rows["codec"] != PLAIN) & (rows["offset"] + rows["stored"] >= source.size)]
-            for start in last["start"].tolist():
-                disk.read(start, 1)
-    except FormatError as error:
-        report.add(error.structure or "data cluster", error.offset, error.problem)
-    except UnsupportedError:  # encrypted: where its data lies is not looked at
-        return
+        snapshots = read_snapshots(survey.source, survey.header)
+    except FormatError:  # reported by the survey
+        return []
+    return [replace(context, snapshot=entry.info.id) for entry in snapshots]
+
+
+def _read_last(source: ByteSource, context: OpenContext) -> None:
+    """Judge where all data lies, and decode the compressed clusters whose sectors reach the file's end."""
+    disk = open_image(source, context)
+    for rows in disk.extents():
+        last = rows[(rows["codec"] != PLAIN) & (rows["offset"] + rows["stored"] >= source.size)]
+        for start in last["start"].tolist():
+            disk.read(start, 1)
 
 
 def _first_pass(survey: Survey, report: CheckReport) -> tuple[list[int], Counter | None]:

@@ -63,7 +63,9 @@ def judge_entries(survey: Survey, part: Entries, weights: NDArray[np.int64] | No
     header, entries = survey.header, part.entries
     room = survey.source.size - (survey.source.size % header.cluster or header.cluster)
     simple = part.plain and part.bitmaps is None and not header.has_data_file
-    if simple and (not len(entries) or int((entries & _U(s.OFFSET_MASK)).max()) <= room):
+    most = int((entries & _U(s.OFFSET_MASK)).max(initial=0)) if simple else 0
+    if simple and most <= room:
+        survey.overhang |= most == room and survey.source.size % header.cluster != 0
         return
     packed = np.zeros(len(entries), np.bool_) if part.packed is None else part.packed
     for wrong, message, structural in _faults(survey, entries, packed) + _bitmap_faults(survey, part, packed):
@@ -86,15 +88,17 @@ def _faults(
     start, length = compressed_ranges(entries, header.cluster_bits)
     begin = np.where(packed, start, places.astype(np.int64))
     over = begin + np.where(packed, length, header.cluster) - survey.source.size
-    survey.overhang |= bool((packed & (over > 0)).any())
-    beyond = over >= header.cluster
     if header.has_data_file:
-        beyond[:] = False
+        over[~packed] = 0
+    used = packed | (places != 0)
+    survey.overhang |= bool((used & (over > 0)).any())
+    survey.beyond |= bool((used & (over > survey.clusters * header.cluster - survey.source.size)).any())
+    beyond = over >= header.cluster
     faults = [
         (packed & ((entries & _U(s.COPIED)) != 0), "the copied flag is set on a compressed cluster", False),
         (~packed & ((entries & _U(s.L2_RESERVED)) != 0), "an L2 entry has reserved bits set", True),
         (~packed & (places % _U(header.cluster) != 0), "a data cluster does not begin on a cluster", True),
-        (beyond & (packed | (places != 0)), _BEYOND, True),
+        (beyond & used, _BEYOND, True),
     ]
     if header.has_data_file:
         faults.append((packed, "a compressed cluster in an image with a data file", True))

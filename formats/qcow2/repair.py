@@ -1,6 +1,7 @@
 """Repairing qcow2: refcounts and the flags that depend on them, as patches that the caller journals and writes.
 
-Nothing here touches data or where tables lead. Where structural faults leave it open what is referred to, refcounts
+Nothing here touches data or where tables lead. No new cluster is taken while anything behind the file's end is referred
+to: it would be taken for what was lost. Where structural faults leave it open what is referred to, refcounts
 are raised but never lowered, so that nothing is given away that may be in use.
 """
 
@@ -40,6 +41,8 @@ def plan_repair(survey: Survey, windows: list[int], repair: str, report: CheckRe
     layout = None
     singles = Singles(windows, survey)
     if survey.rebuild:
+        if survey.beyond:
+            return  # new clusters would be taken for those that are lost
         layout = RefcountLayout.after(_first_new(survey) * survey.header.cluster, survey.header)
         if layout.table_clusters * survey.header.cluster > s.REFCOUNT_TABLE_MOST:
             return  # larger than QEMU opens: what was found stays
@@ -49,7 +52,8 @@ def plan_repair(survey: Survey, windows: list[int], repair: str, report: CheckRe
             report.patches += _refcounts_in_place(survey, base, singles)
     report.patches += _l1_flags(survey, singles)
     report.patches += _l2_flags(survey, singles)
-    report.patches += _header_patches(survey, 0 if survey.structural else s.DIRTY | s.CORRUPT, layout)
+    mended = not survey.structural and not survey.unmended
+    report.patches += _header_patches(survey, s.DIRTY | s.CORRUPT if mended else 0, layout)
 
 
 def _wanted(survey: Survey, stored: NDArray[np.uint64], counts: NDArray[np.uint32]) -> NDArray[np.uint64]:

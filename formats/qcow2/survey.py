@@ -57,8 +57,9 @@ class Survey:
     `fixed` are clusters of all metadata but L2 tables and refcounts, `refcounts` those of the refcount table and its
     blocks, with repetitions; `tables` the offsets of L2 tables in ascending order, `weights` how many L1 entries refer
     to each; `l1` the active L1 table and `blocks` the refcount table, faulty entries cleared. `structural` counts
-    faults that no repair mends, `rebuild` says whether the refcounts cannot be mended where they are; `overhang`,
-    whether the sectors of a compressed cluster pass the file's end.
+    faults that leave it open what is referred to, `unmended` others that no repair mends; `rebuild` says whether the
+    refcounts cannot be mended where they are. `overhang`: data passes the file's end, if only within its last cluster;
+    `beyond`: something that is referred to lies behind the file's end, so the file must not grow over it.
     """
 
     source: ByteSource
@@ -71,7 +72,9 @@ class Survey:
     weights: NDArray[np.int64]
     structural: int = 0
     rebuild: bool = False
+    beyond: bool = False
     overhang: bool = False
+    unmended: int = 0
     clusters: int = field(init=False)
     window: int = field(init=False)
     """Clusters whose references are counted at once."""
@@ -97,6 +100,7 @@ class Surveyor:
         self._held = 0
         self.structural = 0
         self.rebuild = False
+        self.beyond = False
 
     def survey(self) -> Survey:
         """Return the survey. Raises FormatError only where the file cannot be read."""
@@ -112,15 +116,31 @@ class Surveyor:
         tables, weights = self._tables[0], self._weights[0]
         fixed = np.concatenate(self._fixed)
         return Survey(
-            self._source, header, l1, blocks, fixed, refcounts, tables, weights, self.structural, self.rebuild
+            self._source,
+            header,
+            l1,
+            blocks,
+            fixed,
+            refcounts,
+            tables,
+            weights,
+            self.structural,
+            self.rebuild,
+            self.beyond,
         )
+
+    def _passes(self, offset: int, length: int) -> bool:
+        """Return whether a range passes the file's end, and remember that one does."""
+        passes = offset + length > self._source.size
+        self.beyond |= passes
+        return passes
 
     def _range(self, structure: str, offset: int, length: int) -> NDArray[np.int64]:
         """Return the clusters of a range, cut where the file ends; a range beyond it by a cluster is reported."""
         if length <= 0:
             return _NONE
         cluster, end = self._header.cluster, self._source.size
-        if offset + length - end >= cluster:
+        if self._passes(offset, length) and offset + length - end >= cluster:
             self.structural += note(
                 self._report,
                 structure,
@@ -136,6 +156,7 @@ class Surveyor:
         offsets = l1 & _U(s.OFFSET_MASK)
         aligned = offsets % _U(self._header.cluster) == 0
         inside = offsets + _U(self._header.cluster) <= _U(self._source.size)
+        self.beyond |= bool((~inside & (offsets != 0)).any())
         faults = (
             ((l1 & _U(s.L1_RESERVED)) != 0, "an L1 entry has reserved bits set"),
             (~aligned, "an L2 table does not begin on a cluster"),
@@ -165,6 +186,7 @@ class Surveyor:
         try:
             entries = read_snapshots(self._source, header)
         except FormatError as error:
+            self.beyond = True
             self._fault("snapshot table", error)
             return
         if entries:
@@ -173,7 +195,7 @@ class Surveyor:
             self._fixed.append(self._range("snapshot table", header.snapshot_offset, length))
         for entry in entries:
             length = entry.l1_size * 8
-            within = length <= self._limits.resident_table and entry.l1_offset + length <= self._source.size
+            within = not self._passes(entry.l1_offset, length) and length <= self._limits.resident_table
             if entry.l1_offset % header.cluster or not within:
                 self.structural += note(
                     self._report,
@@ -194,6 +216,7 @@ class Surveyor:
         try:
             entries = read_bitmaps(self._source, header, self._limits)
         except FormatError as error:
+            self._passes(*(header.extensions.bitmaps or (0, 0)))
             self._fault("bitmap directory", error)
             return
         if not entries:
@@ -202,7 +225,7 @@ class Surveyor:
         self._fixed.append(self._range("bitmap directory", offset, size))
         for entry in entries:
             length = entry.table_size * 8
-            within = length <= self._limits.resident_table and entry.table_offset + length <= self._source.size
+            within = not self._passes(entry.table_offset, length) and length <= self._limits.resident_table
             if entry.table_offset % header.cluster or not within:
                 note(
                     self._report,
@@ -220,7 +243,9 @@ class Surveyor:
         places = table & _U(s.OFFSET_MASK)
         wrong = ((table & _U(s.BITMAP_TABLE_RESERVED)) != 0) | ((places != 0) & ((table & _U(1)) != 0))
         wrong |= places % _U(self._header.cluster) != 0
-        wrong |= (places != 0) & (places + _U(self._header.cluster) > _U(self._source.size))
+        beyond = (places != 0) & (places + _U(self._header.cluster) > _U(self._source.size))
+        self.beyond |= bool(beyond.any())
+        wrong |= beyond
         self.structural += note(
             self._report, "bitmap table", offset + 8 * np.flatnonzero(wrong), "a bitmap table entry is damaged"
         )
