@@ -142,7 +142,9 @@ def _first_pass(survey: Survey, report: CheckReport) -> tuple[list[int], Counter
 
 
 def _check_window(survey: Survey, counter: Counter, singles: Singles, report: CheckReport) -> None:
-    overlaps = _overlaps(survey, counter)
+    overlaps, lasting = _overlaps(survey, counter)
+    survey.structural += lasting
+    survey.shared += (overlaps + counter.base).tolist()
     header = survey.header
     if counter.overflown:
         report.add("refcount", None, "a cluster has more references than a refcount can hold")
@@ -172,10 +174,10 @@ def _check_blocks(survey: Survey, counter: Counter, report: CheckReport) -> None
     note(report, "refcount table", offsets, "a refcount block is used for something else too")
 
 
-def _overlaps(survey: Survey, counter: Counter) -> NDArray[np.int64]:
+def _overlaps(survey: Survey, counter: Counter) -> tuple[NDArray[np.int64], int]:
     """Return the clusters of metadata (numbers within the window) with more references than their own.
 
-    Refcount blocks are judged by themselves.
+    And how many of them stay so when the refcounts are built anew elsewhere. Refcount blocks are judged by themselves.
     """
     tables = (survey.tables >> _U(survey.header.cluster_bits)).astype(np.int64)
     table = (survey.header.refcount_offset >> survey.header.cluster_bits) + np.arange(survey.header.refcount_clusters)
@@ -184,7 +186,12 @@ def _overlaps(survey: Survey, counter: Counter) -> NDArray[np.int64]:
     due[np.searchsorted(own, tables - counter.base)] = survey.weights
     inside = (own >= 0) & (own < len(counter.counts))
     own, due = own[inside], due[inside]
-    return own[counter.counts[own] > due]
+    more = counter.counts[own] > due
+    own, due = own[more], due[more]
+    refcounts = survey.refcounts[np.isin(survey.refcounts, own + counter.base)] - counter.base
+    rest = counter.counts[own] - due - np.bincount(np.searchsorted(own, refcounts), minlength=len(own))
+    lasting = np.isin(own + counter.base, np.concatenate((survey.fixed, tables))) & (rest > 0)
+    return own, int(lasting.sum())
 
 
 def _compare(

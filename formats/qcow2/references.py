@@ -57,6 +57,10 @@ class Entries:
         offsets: NDArray[np.int64] = tables + index % self._per_table * width
         return offsets
 
+    def active(self, survey: Survey, index: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Return which entries, by their number, stand in tables of the active L1 table."""
+        return np.isin(self._offsets[index // self._per_table], survey.l1 & _U(s.OFFSET_MASK))
+
 
 def judge_entries(survey: Survey, part: Entries, weights: NDArray[np.int64] | None, report: CheckReport) -> None:
     """Report what the specification does not allow in L2 entries; `weights` as in `entry_clusters`."""
@@ -73,10 +77,21 @@ def judge_entries(survey: Survey, part: Entries, weights: NDArray[np.int64] | No
         if len(found):
             count = note(report, "L2 table", part.where(found), message)
             survey.structural += count if structural else 0
+            survey.unmended += 0 if structural else int((~part.active(survey, found)).sum())
         if weights is not None and message is _BEYOND and len(found):
             again = int(weights[found].sum()) - len(found)  # QEMU counts these once for each L1 table
             if again:
                 report.add("L2 table", int(part.where(found[:1])[0]), f"{_BEYOND}, in snapshots too", count=again)
+
+
+def faulty_tables(survey: Survey, offsets: NDArray[np.uint64], words: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Return which L2 tables, one row of `words` each, have an entry that no repair mends: they may be none."""
+    part = Entries(survey.header, offsets, words)
+    packed = np.zeros(len(part.entries), np.bool_) if part.packed is None else part.packed
+    faults = _faults(survey, part.entries, packed) + _bitmap_faults(survey, part, packed)
+    every = np.logical_or.reduce([wrong for wrong, _, structural in faults if structural])
+    faulty: NDArray[np.bool_] = every.reshape(len(offsets), -1).any(axis=1)
+    return faulty
 
 
 def _faults(

@@ -7,7 +7,7 @@ are raised but never lowered, so that nothing is given away that may be in use.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -16,28 +16,45 @@ from diskmorph.formats.qcow2 import schema as s
 from diskmorph.formats.qcow2.building import RefcountLayout
 from diskmorph.formats.qcow2.flags import Singles, active_tables, wrong_flags
 from diskmorph.formats.qcow2.refcounts import PIECE, pack, stored_refcounts
-from diskmorph.formats.qcow2.references import counted
+from diskmorph.formats.qcow2.references import counted, faulty_tables
 from diskmorph.formats.qcow2.tables import read_l1
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from numpy.typing import NDArray
 
     from diskmorph.formats.check import CheckReport
     from diskmorph.formats.qcow2.survey import Survey
 
+    _Wanted = Callable[[Survey, NDArray[np.uint64], NDArray[np.uint32]], NDArray[np.uint64]]
+
 _U = np.uint64
+
+
+class _Wrong(Protocol):
+    def __call__(self, entries: NDArray[np.uint64], *, data_file: bool) -> NDArray[np.bool_]:
+        """Return which entries' copied flags to turn; see `wrong_flags`."""
 
 
 def plan_repair(survey: Survey, windows: list[int], repair: str, report: CheckReport) -> None:
     """Add the patches for `repair` ("leaks" or "all") to the report of a finished check."""
     if repair == "leaks":
-        if not survey.structural and not survey.rebuild:
-            for base in windows:
-                report.patches += _refcounts_in_place(survey, base, None)
-        report.patches += _header_patches(survey, 0 if report.patches else None, None)
-        return
+        _plan_leaks(survey, windows, report)
+    else:
+        _plan_all(survey, windows, report)
+
+
+def _plan_leaks(survey: Survey, windows: list[int], report: CheckReport) -> None:
+    """Lower refcounts that are too high."""
+    singles = Singles(windows, survey)
+    if not survey.structural and not survey.rebuild:
+        for base in windows:
+            report.patches += _refcounts_in_place(survey, base, singles, _lowered)
+    report.patches += _header_patches(survey, 0 if report.patches else None, None)
+
+
+def _plan_all(survey: Survey, windows: list[int], report: CheckReport) -> None:
     layout = None
     singles = Singles(windows, survey)
     if survey.rebuild:
@@ -49,9 +66,18 @@ def plan_repair(survey: Survey, windows: list[int], repair: str, report: CheckRe
         report.patches += _refcounts_anew(survey, windows, layout, singles)
     else:
         for base in windows:
-            report.patches += _refcounts_in_place(survey, base, singles)
-    report.patches += _l1_flags(survey, singles)
-    report.patches += _l2_flags(survey, singles)
+            report.patches += _refcounts_in_place(survey, base, singles, _wanted)
+
+    def wrong(entries: NDArray[np.uint64], *, data_file: bool) -> NDArray[np.bool_]:
+        return wrong_flags(survey, entries, singles, data_file=data_file)
+
+    def wrong_l2(entries: NDArray[np.uint64], *, data_file: bool) -> NDArray[np.bool_]:
+        both = _U(s.COMPRESSED | s.COPIED)
+        found: NDArray[np.bool_] = wrong(entries, data_file=data_file) | ((entries & both) == both)
+        return found
+
+    report.patches += _l1_flags(survey, wrong)
+    report.patches += _l2_flags(survey, wrong_l2)
     mended = not survey.structural and not survey.unmended
     report.patches += _header_patches(survey, s.DIRTY | s.CORRUPT if mended else 0, layout)
 
@@ -62,15 +88,16 @@ def _wanted(survey: Survey, stored: NDArray[np.uint64], counts: NDArray[np.uint3
     return np.maximum(wanted, stored) if survey.structural else wanted
 
 
-def _refcounts_in_place(survey: Survey, base: int, singles: Singles | None) -> Iterator[Patch]:
-    """Yield patches of the blocks for one window; without `singles` refcounts are lowered only."""
+def _lowered(survey: Survey, stored: NDArray[np.uint64], counts: NDArray[np.uint32]) -> NDArray[np.uint64]:
+    return np.minimum(stored, _wanted(survey, stored, counts))
+
+
+def _refcounts_in_place(survey: Survey, base: int, singles: Singles, wanted_of: _Wanted) -> Iterator[Patch]:
+    """Yield patches of the blocks for one window."""
     counts = counted(survey, base).counts
     for low, stored in stored_refcounts(survey.source, survey.header, survey.blocks, base, len(counts)):
-        wanted = _wanted(survey, stored, counts[low : low + len(stored)])
-        if singles is None:
-            wanted = np.minimum(stored, wanted)
-        else:
-            singles.put(base + low, wanted == 1)
+        wanted = wanted_of(survey, stored, counts[low : low + len(stored)])
+        singles.put(base + low, wanted == 1)
         changed = np.flatnonzero(wanted != stored)
         if len(changed):
             yield from _block_patches(survey, base + low, wanted, changed)
@@ -122,24 +149,38 @@ def _new_refcounts(survey: Survey, layout: RefcountLayout, first: int, counts: N
     return Patch(layout.offset + first * bits // 8, data, "refcounts built anew")
 
 
-def _l1_flags(survey: Survey, singles: Singles) -> Iterator[Patch]:
-    wrong = np.flatnonzero(wrong_flags(survey, survey.l1, singles, data_file=False))
+def _l1_flags(survey: Survey, wrong_of: _Wrong) -> Iterator[Patch]:
+    header = survey.header
+    wrong = np.flatnonzero(wrong_of(survey.l1, data_file=False))
     if not len(wrong):
         return
-    l1 = read_l1(survey.source, survey.header.l1_offset, survey.header.l1_size)
+    own = range(header.l1_offset >> header.cluster_bits, -(-(header.l1_offset + header.l1_size * 8) // header.cluster))
+    if not set(own).isdisjoint(survey.shared):
+        survey.unmended += 1
+        return
+    l1 = read_l1(survey.source, header.l1_offset, header.l1_size)
     l1[wrong] ^= _U(s.COPIED)
     first, last = int(wrong[0]), int(wrong[-1]) + 1
     data = l1[first:last].astype(s.ENTRY).tobytes()
-    yield Patch(survey.header.l1_offset + 8 * first, data, "copied flags of the L1 table set by the refcounts")
+    yield Patch(header.l1_offset + 8 * first, data, "copied flags of the L1 table set by the refcounts")
 
 
-def _l2_flags(survey: Survey, singles: Singles) -> Iterator[Patch]:
-    """Yield one patch for each active L2 table with wrong flags, from the first of them to the last."""
-    width = 2 if survey.header.extended else 1
+def _l2_flags(survey: Survey, wrong_of: _Wrong) -> Iterator[Patch]:
+    """Yield one patch for each active L2 table with wrong flags, from the first of them to the last.
+
+    Where a table may be something else, which then would be changed, its flags stay.
+    """
+    header = survey.header
+    width = 2 if header.extended else 1
     for offsets, words in active_tables(survey):
         entries = words[:, ::width]
-        wrong = wrong_flags(survey, entries, singles, data_file=survey.header.has_data_file)
-        wrong |= ((entries & _U(s.COMPRESSED)) != 0) & ((entries & _U(s.COPIED)) != 0)
+        wrong = wrong_of(entries, data_file=header.has_data_file)
+        if not wrong.any():
+            continue
+        doubtful = np.isin(offsets >> _U(header.cluster_bits), np.array(survey.shared, _U))
+        doubtful |= faulty_tables(survey, offsets, words)
+        survey.unmended += int((wrong.any(axis=1) & doubtful).sum())
+        wrong[doubtful] = False
         entries ^= np.where(wrong, _U(s.COPIED), _U(0))
         for row in np.flatnonzero(wrong.any(axis=1)).tolist():
             some = np.flatnonzero(wrong[row]) * width

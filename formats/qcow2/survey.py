@@ -59,7 +59,8 @@ class Survey:
     to each; `l1` the active L1 table and `blocks` the refcount table, faulty entries cleared. `structural` counts
     faults that leave it open what is referred to, `unmended` others that no repair mends; `rebuild` says whether the
     refcounts cannot be mended where they are. `overhang`: data passes the file's end, if only within its last cluster;
-    `beyond`: something that is referred to lies behind the file's end, so the file must not grow over it.
+    `beyond`: something that is referred to lies behind the file's end, so the file must not grow over it. `shared` are
+    the clusters of metadata that are used for something else too.
     """
 
     source: ByteSource
@@ -75,6 +76,7 @@ class Survey:
     beyond: bool = False
     overhang: bool = False
     unmended: int = 0
+    shared: list[int] = field(default_factory=list)
     clusters: int = field(init=False)
     window: int = field(init=False)
     """Clusters whose references are counted at once."""

@@ -99,3 +99,61 @@ def test_a_cut_tail_is_told_of_until_it_is_back(tmp_path):
     path = image.refcount(used, 0).put(72, 3).save()
     assert settled(path).corruptions == 1
     assert path.read_bytes()[79] == 3
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_data_that_an_l1_entry_takes_for_a_table_is_not_written_to(tmp_path, shared):
+    path = tmp_path / "image.qcow2"
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=512", path, "1M")
+    run("qemu-io", "-f", "qcow2", "-c", "write -P 0xa5 0 16k", path)
+    blob = bytearray(path.read_bytes())
+    l1 = int.from_bytes(blob[40:48], "big")
+    data = blob.index(b"\xa5" * 512)
+    entry = l1 + (40 if shared else 0)  # else the only table that refers to it is lost
+    blob[entry : entry + 8] = (data | COPIED).to_bytes(8, "big")
+    path.write_bytes(blob)
+    settled(path)
+    assert path.read_bytes()[data : data + 512] == b"\xa5" * 512
+    if shared:
+        run("qemu-io", "-r", "-f", "qcow2", "-c", "read -P 0xa5 0 16k", path)
+
+
+def test_tables_of_snapshots_are_not_taken_for_shared(tmp_path):
+    image = Image(tmp_path)
+    for name in "ab":
+        run("qemu-img", "snapshot", "-c", name, image.path)
+    image.blob = bytearray(image.path.read_bytes())
+    entry = image.data_entry()
+    path = image.put(entry, image.get(entry) | COPIED).save()
+    assert settled(path).findings == []
+
+
+@pytest.mark.parametrize("how", ["leaks", "all"])
+@pytest.mark.parametrize("target", ["L1 table", "L2 table"])
+def test_nothing_is_given_away_while_metadata_is_used_for_data_too(tmp_path, target, how):
+    image = Image(tmp_path)
+    entry = image.data_entry()
+    lost = (image.get(entry) & MASK) // image.cluster
+    image.put(entry, {"L1 table": image.l1, "L2 table": image.l2[0]}[target] | COPIED)
+    path = image.put(72, 2).save()
+    for _ in range(2):
+        left = repaired(path, how)
+        assert left.corruptions
+        assert left.leaks == 1
+    blob = path.read_bytes()
+    assert blob[79] == 2
+    assert blob[image.block + 2 * lost + 1] == 1
+    assert checked(path, how).patches == []
+
+
+def test_a_flag_that_no_repair_turns_keeps_the_bits(tmp_path):
+    image = Image(tmp_path, packed=True)
+    run("qemu-img", "snapshot", "-c", "before", image.path)
+    image.blob = bytearray(image.path.read_bytes())
+    run("qemu-io", "-f", "qcow2", "-c", "write -P 7 0 3M", image.path)
+    image.blob = bytearray(image.path.read_bytes())
+    table = image.get(image.get(image.get(64))) & MASK
+    at = next(at for at in range(table, table + image.cluster, 8) if image.get(at) & 1 << 62)
+    path = image.put(at, image.get(at) | COPIED).put(72, 2).save()
+    assert settled(path).corruptions
+    assert path.read_bytes()[79] == 2
