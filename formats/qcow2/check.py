@@ -55,7 +55,7 @@ def check_image(source: ByteSource, context: OpenContext, repair: str | None = N
     _check_copied(survey, singles, report)
     _check_tail(survey, context, report)
     if repair is not None:
-        plan_repair(survey, windows, repair, report)
+        plan_repair(survey, windows, singles, repair, report)
     return report
 
 

@@ -37,20 +37,31 @@ class _Wrong(Protocol):
         """Return which entries' copied flags to turn; see `wrong_flags`."""
 
 
-def plan_repair(survey: Survey, windows: list[int], repair: str, report: CheckReport) -> None:
-    """Add the patches for `repair` ("leaks" or "all") to the report of a finished check."""
+def plan_repair(survey: Survey, windows: list[int], before: Singles, repair: str, report: CheckReport) -> None:
+    """Add the patches for `repair` ("leaks" or "all") to the report of a finished check.
+
+    `before` knows the refcounts as they are.
+    """
     if repair == "leaks":
-        _plan_leaks(survey, windows, report)
+        _plan_leaks(survey, windows, before, report)
     else:
         _plan_all(survey, windows, report)
 
 
-def _plan_leaks(survey: Survey, windows: list[int], report: CheckReport) -> None:
-    """Lower refcounts that are too high."""
+def _plan_leaks(survey: Survey, windows: list[int], before: Singles, report: CheckReport) -> None:
+    """Lower refcounts, and set the copied flags that this makes wrong; those that were wrong stay."""
     singles = Singles(windows, survey)
     if not survey.structural and not survey.rebuild:
         for base in windows:
             report.patches += _refcounts_in_place(survey, base, singles, _lowered)
+
+    def wrong(entries: NDArray[np.uint64], *, data_file: bool) -> NDArray[np.bool_]:
+        was = wrong_flags(survey, entries, before, data_file=data_file)
+        now: NDArray[np.bool_] = wrong_flags(survey, entries, singles, data_file=data_file) & ~was
+        return now
+
+    if report.patches:
+        report.patches += _flag_patches(survey, wrong, wrong)
     report.patches += _header_patches(survey, 0 if report.patches else None, None)
 
 
@@ -76,8 +87,7 @@ def _plan_all(survey: Survey, windows: list[int], report: CheckReport) -> None:
         found: NDArray[np.bool_] = wrong(entries, data_file=data_file) | ((entries & both) == both)
         return found
 
-    report.patches += _l1_flags(survey, wrong)
-    report.patches += _l2_flags(survey, wrong_l2)
+    report.patches += _flag_patches(survey, wrong, wrong_l2)
     mended = not survey.structural and not survey.unmended
     report.patches += _header_patches(survey, s.DIRTY | s.CORRUPT if mended else 0, layout)
 
@@ -149,6 +159,14 @@ def _new_refcounts(survey: Survey, layout: RefcountLayout, first: int, counts: N
     return Patch(layout.offset + first * bits // 8, data, "refcounts built anew")
 
 
+def _flag_patches(survey: Survey, l1_wrong: _Wrong, l2_wrong: _Wrong) -> list[Patch]:
+    """Return patches that turn wrong copied flags; they are for the refcounts written before.
+
+    Where a table may be something else, which then would be changed, its flags stay.
+    """
+    return [*_l1_flags(survey, l1_wrong), *_l2_flags(survey, l2_wrong)]
+
+
 def _l1_flags(survey: Survey, wrong_of: _Wrong) -> Iterator[Patch]:
     header = survey.header
     wrong = np.flatnonzero(wrong_of(survey.l1, data_file=False))
@@ -166,10 +184,7 @@ def _l1_flags(survey: Survey, wrong_of: _Wrong) -> Iterator[Patch]:
 
 
 def _l2_flags(survey: Survey, wrong_of: _Wrong) -> Iterator[Patch]:
-    """Yield one patch for each active L2 table with wrong flags, from the first of them to the last.
-
-    Where a table may be something else, which then would be changed, its flags stay.
-    """
+    """Yield one patch for each active L2 table with wrong flags, from the first of them to the last."""
     header = survey.header
     width = 2 if header.extended else 1
     for offsets, words in active_tables(survey):

@@ -2,7 +2,7 @@
 
 import pytest
 from contract.cases.qcow2 import COPIED
-from qcow2kit import MASK, Image, checked, peer, repaired
+from qcow2kit import MASK, Image, checked, counts, peer, repaired
 
 from diskmorph.formats.check import WARNING
 
@@ -126,6 +126,28 @@ def test_tables_of_snapshots_are_not_taken_for_shared(tmp_path):
     entry = image.data_entry()
     path = image.put(entry, image.get(entry) | COPIED).save()
     assert settled(path).findings == []
+
+
+def test_lowering_refcounts_leaves_no_flag_wrong(tmp_path):
+    image = Image(tmp_path)
+    run("qemu-img", "snapshot", "-c", "lost", image.path)
+    image.blob = bytearray(image.path.read_bytes())
+    at = image.data_entry()
+    path = image.put(60, 0, ">I").put(64, 0).put(at, image.get(at) | COPIED).save()
+    before = checked(path)
+    assert before.leaks
+    assert before.corruptions == 1
+    assert repaired(path, "leaks").findings == []
+    assert peer(path) == (0, 0)
+
+
+def test_lowering_refcounts_leaves_flags_that_were_wrong(tmp_path):
+    image = Image(tmp_path)
+    at, used = image.data_entry(0), (image.get(image.data_entry(1)) & MASK) // image.cluster
+    path = image.put(at, image.get(at) ^ COPIED).refcount(used, 2).save()
+    assert counts(checked(path)) == (2, 1)
+    assert counts(repaired(path, "leaks")) == (1, 0)
+    assert path.read_bytes()[at] & 0x80 == 0
 
 
 @pytest.mark.parametrize("how", ["leaks", "all"])
