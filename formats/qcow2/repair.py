@@ -164,7 +164,8 @@ def _flag_patches(survey: Survey, l1_wrong: _Wrong, l2_wrong: _Wrong) -> list[Pa
 
     Where a table may be something else, which then would be changed, its flags stay.
     """
-    return [*_l1_flags(survey, l1_wrong), *_l2_flags(survey, l2_wrong)]
+    patches = [*_l1_flags(survey, l1_wrong), *_l2_flags(survey, l2_wrong)]
+    return [patches[0]._replace(sync=True), *patches[1:]] if patches else []
 
 
 def _l1_flags(survey: Survey, wrong_of: _Wrong) -> Iterator[Patch]:
@@ -212,12 +213,12 @@ def _header_patches(survey: Survey, clear: int | None, layout: RefcountLayout | 
     header = survey.header
     if layout is not None:
         place = layout.table_offset(header.cluster).to_bytes(8, "big") + layout.table_clusters.to_bytes(4, "big")
-        yield Patch(48, place, "the header points to the new refcount table")
+        yield Patch(48, place, "the header points to the new refcount table", sync=True)
     if clear is None or header.version < 3:
         return
     autoclear = header.autoclear & (s.AUTOCLEAR_BITMAPS | s.AUTOCLEAR_RAW)
     if autoclear != header.autoclear:
-        yield Patch(88, autoclear.to_bytes(8, "big"), "unknown autoclear bits cleared")
+        yield Patch(88, autoclear.to_bytes(8, "big"), "unknown autoclear bits cleared", sync=True)
     incompatible = header.incompatible & ~clear
     if incompatible != header.incompatible:
-        yield Patch(72, incompatible.to_bytes(8, "big"), "dirty and corrupt bits cleared")
+        yield Patch(72, incompatible.to_bytes(8, "big"), "dirty and corrupt bits cleared", sync=True)

@@ -179,3 +179,32 @@ def test_a_flag_that_no_repair_turns_keeps_the_bits(tmp_path):
     path = image.put(at, image.get(at) | COPIED).put(72, 2).save()
     assert settled(path).corruptions
     assert path.read_bytes()[79] == 2
+
+
+def test_what_commits_a_repair_waits_for_what_it_relies_on(tmp_path):
+    image = Image(tmp_path)
+    first, used = image.data_entry(), (image.get(image.data_entry(1)) & MASK) // image.cluster
+    image.put(first, image.get(first) ^ COPIED).put(image.l1, image.get(image.l1) ^ COPIED)
+    path = image.refcount(used, 0).put(72, 3).put(88, 1 << 40).save()
+    patches = checked(path, "all").patches
+    assert [(patch.offset, patch.sync) for patch in patches] == [
+        (image.block + 2 * used, False),
+        (image.l1, True),
+        (first, False),
+        (88, True),
+        (72, True),
+    ]
+    path = lost_refcounts(image).save()
+    patches = checked(path, "all").patches
+    assert [patch.offset for patch in patches if patch.sync] == [image.l1, 48, 88, 72]
+    assert patches[-3].offset == 48
+
+
+def test_flags_wait_for_refcounts_that_are_lowered(tmp_path):
+    image = Image(tmp_path)
+    run("qemu-img", "snapshot", "-c", "lost", image.path)
+    image.blob = bytearray(image.path.read_bytes())
+    patches = checked(image.put(60, 0, ">I").put(64, 0).save(), "leaks").patches
+    first = next(number for number, patch in enumerate(patches) if "copied" in patch.why)
+    assert first > 0
+    assert [patch.sync for patch in patches[: first + 1]] == [False] * first + [True]
