@@ -165,3 +165,42 @@ def test_a_damaged_map_prints_no_half_of_an_object(disk: Path, tmp_path: Path) -
         file.truncate(image.stat().st_size - MIB)
     done = dm("map", "--json", image)
     assert done.status == 1 and done.json["error"]["kind"] == "format"
+
+
+def stored(name: Path, *words: object) -> set[tuple[str | None, bool]]:
+    """The files that a map says of data, and whether it says an offset."""
+    extents = dm("map", "--json", *words, name).ok().json["extents"]
+    return {(one["file"], one["offset"] is not None) for one in extents if one["kind"] == "data"}
+
+
+def test_no_place_is_said_of_what_is_not_stored_as_it_is(tmp_path: Path) -> None:
+    """Encrypted and compressed images store no byte of the disk as it is."""
+    disk, key, luks, aes = (tmp_path / name for name in ("a.raw", "key", "luks.qcow2", "aes.qcow2"))
+    disk.write_bytes(data("map", MIB))
+    key.write_bytes(b"secret")
+    secret = f"secret,id=s,file={key}"
+    run(
+        "qemu-img",
+        "create",
+        "-q",
+        "--object",
+        secret,
+        "-f",
+        "luks",
+        "-o",
+        "key-secret=s,iter-time=10",
+        tmp_path / "v",
+        "1M",
+    )
+    dm("convert", "-o", "encrypt.format=luks", "--target-passphrase-file", key, disk, luks).ok()
+    run(
+        "qemu-img", "convert", "--object", secret, "-O", "qcow2",
+        "-o", "encrypt.format=aes,encrypt.key-secret=s", disk, aes,
+    )  # fmt: skip
+    run("gzip", "-k", disk)
+    nowhere = {(None, False)}
+    assert stored(tmp_path / "v", "-f", "luks", "--passphrase-file", key) == nowhere
+    assert stored(luks, "--passphrase-file", key) == nowhere
+    assert stored(aes, "--passphrase-file", key) == nowhere
+    assert stored(tmp_path / "a.raw.gz") == nowhere
+    assert stored(disk) == {(str(disk), True)}
