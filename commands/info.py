@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from diskmorph.commands.output import Output
+    from diskmorph.formats.source import ByteSource
 
 DESCRIPTION = """\
 Tell what an image is: format and subformat, sizes, features, snapshots, its parent, every signature found, and the
@@ -28,7 +29,7 @@ EXAMPLES = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """See diskmorph.commands."""
-    parser.add_argument("image", metavar="IMG", help="the image")
+    parser.add_argument("image", metavar="IMG", help="the image; `-` is standard input")
     parser.add_argument("--chain", "--backing-chain", action="store_true", help="every layer down to the last parent")
     add_source(parser)
     add_output(parser, progress=False)
@@ -36,9 +37,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, out: Output) -> int:
     """See diskmorph.commands."""
+    if args.image != "-":
+        return _tell(args, out, None)
+    from diskmorph.convert.opening import spooled
+
+    with spooled() as source:
+        return _tell(args, out, source)
+
+
+def _tell(args: argparse.Namespace, out: Output, source: ByteSource | None) -> int:
+    """Print what the image is; `source`: its bytes, of standard input."""
     from diskmorph.convert.describe import describe
 
-    package = describe(args.image, format=args.format, parents=parents_of(args))
+    package = describe(args.image, format=args.format, parents=parents_of(args), source=source)
     if package is not None:
         from diskmorph.commands.info_package import package_lines
 
@@ -48,7 +59,8 @@ def run(args: argparse.Namespace, out: Output) -> int:
         return 0
     from diskmorph.convert.inspect import inspect
 
-    report = inspect(args.image, format=args.format, parents=parents_of(args), chain=args.chain).as_dict()
+    found = inspect(args.image, format=args.format, parents=parents_of(args), chain=args.chain, source=source)
+    report = found.as_dict()
     for warning in report["warnings"]:
         out.note(f"{args.image}: {warning}")
     out.result(report, _lines(report, verbose=out.verbose > 0))

@@ -51,6 +51,8 @@ def check(
         raise OptionError(
             "an image that may be in use is not repaired in place", hint="repair into a copy with -o FILE"
         )
+    if os.fspath(path) == "-":
+        raise OptionError("check reads a file, not standard input", hint="write the image to a file first")
     limits = limits or Limits()
     opener = Opener(parents or Parents(), limits)
     context = OpenContext(opener, limits)

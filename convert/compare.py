@@ -15,6 +15,7 @@ from diskmorph.convert.opening import open_source
 from diskmorph.convert.options import Comparison, Progress
 from diskmorph.convert.windows import Grid, Window, pair_windows, windows
 from diskmorph.convert.workers import Crew
+from diskmorph.formats.errors import OptionError
 from diskmorph.formats.extents import HOLE
 
 if TYPE_CHECKING:
@@ -47,8 +48,10 @@ def compare(
 
     Differences less than a sector apart make one range. Of unequal sizes the longer disk's tail must read zero;
     `strict` demands equal sizes. What both sides store in the same bytes of the same file is not read. Raises what
-    opening and reading raise.
+    opening and reading raise, and OptionError where both are standard input.
     """
+    if all(isinstance(one, str | os.PathLike) and os.fspath(one) == "-" for one in (a, b)):
+        raise OptionError("standard input can be read once: it is one image of the two, not both")
     with (
         open_source(a, format=formats[0], parents=parents, limits=limits) as left,
         open_source(b, format=formats[1], parents=parents, limits=limits) as right,

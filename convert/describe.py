@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from diskmorph.formats.errors import DiskmorphError
+from diskmorph.formats.errors import DiskmorphError, UnsupportedError
 from diskmorph.formats.limits import Limits
 from diskmorph.formats.packages import open_package
 from diskmorph.formats.policy import Opener, Parents
@@ -27,20 +28,26 @@ def describe(
     format: str | None = None,
     parents: Parents | None = None,
     limits: Limits | None = None,
+    source: ByteSource | None = None,
 ) -> dict[str, Any] | None:
     """Return the JSON object that `info` shows of a package, kernel or ramdisk (docs/json.md); None for disks.
 
-    A package's manifest is verified first. Raises what `open_package` and the readers of kernels and ramdisks raise.
+    `source`: the bytes, where they are open already, which stay open. A package's manifest is verified first. Raises
+    UnsupportedError (a package that is no file), and what `open_package` and the readers of kernels and ramdisks raise.
     """
     limits = limits or Limits()
     parents = parents or Parents()
-    with Opener(parents, limits).user_file(path) as source:
-        entry, found = identify(source, format)
+    with Opener(parents, limits).user_file(path) if source is None else nullcontext(source) as opened:
+        entry, found = identify(opened, format)
         if entry.kind in {"disk", "wrapper"}:
             return None
-        common = _common(str(path), entry.name, source.size, found)
+        common = _common(str(path), entry.name, opened.size, found)
         if entry.kind == "part":
-            return {**common, **_part(entry.name, source)}
+            return {**common, **_part(entry.name, opened)}
+        if source is not None:
+            raise UnsupportedError(
+                "is a package, which is read from a file", feature="packages from a pipe", file=source.name
+            )
     with open_package(path, format=entry.name, parents=parents, limits=limits) as package:
         return {**common, **_package(package)}
 

@@ -123,8 +123,9 @@ def inspect(
     limits: Limits | None = None,
     chain: bool = False,
     inside: bool = True,
+    source: ByteSource | None = None,
 ) -> Inspection:
-    """Tell what an image is, from its headers.
+    """Tell what an image is, from its headers; `source`: its bytes, where they are open already, which stay open.
 
     Its parent need not be there or allowed, unless `chain` asks for every layer. `inside` looks for partitions and file
     systems too; what cannot be read there becomes a warning. Raises FormatError, UnsupportedError, PolicyError,
@@ -133,7 +134,8 @@ def inspect(
     limits = limits or Limits()
     opener = Opener(Parents.of(parents), limits)
     context = OpenContext(opener, limits)
-    source = opener.user_source(path)
+    given = source
+    source = _reopened(path, opener, given)
     try:
         entry, found = identify(source, format)
         if chain:
@@ -141,7 +143,7 @@ def inspect(
             below = tuple(_inspection(layer, layer.name, _signatures(layer), guessed=False) for layer in layers)
             for layer in layers:
                 layer.close()
-            source = opener.user_source(path)
+            source = _reopened(path, opener, given)
         else:
             below = ()
         image = open_layer(source, entry, context)
@@ -152,6 +154,10 @@ def inspect(
         content = _content(source, entry, image, context) if inside else Content()
         guessed = format is None and not any(signature.outer for signature in found)
         return _inspection(image, str(path), found, guessed=guessed, content=content, chain=below)
+
+
+def _reopened(path: str | os.PathLike[str], opener: Opener, given: ByteSource | None) -> ByteSource:
+    return opener.user_source(path) if given is None else given.window(0, given.size)
 
 
 def _signatures(layer: ImageDisk) -> Sequence[Signature]:
