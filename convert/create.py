@@ -11,9 +11,9 @@ from diskmorph.convert.job import perform, refuse_own_files
 from diskmorph.convert.opening import Opened, open_source
 from diskmorph.convert.options import ConvertOptions, ConvertReport
 from diskmorph.convert.plan import Plan, losses, make_plan, require_zero
+from diskmorph.convert.variants import Variant, lost_by_plan, lost_room, variant_of
 from diskmorph.formats.errors import OptionError, TargetError, UnsupportedError
 from diskmorph.formats.extents import ABSENT, HOLE
-from diskmorph.formats.probe import RAW
 from diskmorph.formats.views import Slice, Zero, grown
 
 if TYPE_CHECKING:
@@ -56,24 +56,38 @@ def resize(
 ) -> ConvertReport:
     """Give an image another size: into `output`, or rewritten and put in its own place.
 
-    Data is never cut unless `shrink` allows it. The format and its variant stay; with `output` the options may say
-    otherwise. Raises TargetError (data would be cut), UnsupportedError (an overlay, or something that rewriting loses,
-    without `output`), and what `convert` raises.
+    Data is never cut unless `shrink` allows it. The format and its variant stay where the options say nothing else;
+    what of the variant cannot be written again stands in the report's `lost`. Raises TargetError (data would be cut),
+    UnsupportedError (an overlay, or something that rewriting loses, without `output`), and what `convert` raises.
     """
     options = options or ConvertOptions()
     with open_source(
         path, format=options.source_format, parents=options.parents, limits=options.limits, snapshot=options.snapshot
     ) as opened:
         disk = _resized(opened.disk, size, shrink=shrink)
-        wanted = options if output is not None and options.target_format else _alike(opened, options)
+        variant = _variant(opened, options, elsewhere=output is not None)
+        wanted = replace(options if variant is None else variant.options, size=None)
         if output is None:
-            _require_whole(opened)
             wanted = replace(wanted, force=True)
-        with make_plan(disk, path if output is None else output, replace(wanted, size=None)) as plan:
+        with make_plan(disk, path if output is None else output, wanted) as plan:
             if output is not None:
                 refuse_own_files(plan)
             _tell_losses(opened, plan)
-            return replace(perform(plan), source=opened.name)
+            if variant is None:
+                return replace(perform(plan), source=opened.name)
+            lost = lost_by_plan(opened, variant, plan, options.format_options)
+            report = perform(plan)
+            lost += lost_room(variant, report, opened.disk.size)
+            return replace(report, source=opened.name, lost=(*report.lost, *lost))
+
+
+def _variant(opened: Opened, options: ConvertOptions, *, elsewhere: bool) -> Variant | None:
+    """Return what is to be kept of the image's format and variant; None where another format is asked for."""
+    if not elsewhere:
+        _require_whole(opened)
+    elif options.target_format not in {None, opened.format}:
+        return None
+    return variant_of(opened, options)
 
 
 def _tell_losses(opened: Opened, plan: Plan) -> None:
@@ -93,22 +107,6 @@ def _resized(disk: Disk, size: int, *, shrink: bool) -> Disk:
             error.hint = "--shrink cuts it off for good"
             raise
     return Slice(disk, 0, size)
-
-
-def _alike(opened: Opened, options: ConvertOptions) -> ConvertOptions:
-    """Return the options that write the same format and variant again."""
-    words = dict(options.format_options)
-    info = opened.info
-    if info is not None and opened.format != RAW.name:
-        if opened.format == "vdi" and info.subformat == "static":
-            words.setdefault("static", "on")
-        if opened.format in {"vmdk", "vhd", "vhdx"} and info.subformat:
-            words.setdefault("subformat", info.subformat)
-        if opened.format == "qcow2" and info.allocation_unit:
-            words.setdefault("cluster_size", str(info.allocation_unit))
-        if opened.format == "vhdx" and info.sector_size != 512:
-            words.setdefault("logical_sector_size", str(info.sector_size))
-    return replace(options, target_format=opened.format, format_options=words)
 
 
 def _require_whole(opened: Opened) -> None:

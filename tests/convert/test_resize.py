@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import vmdkmade
 
 import diskmorph
+from diskmorph.convert.inspect import inspect
 from diskmorph.convert.options import ConvertOptions
 from diskmorph.formats.errors import UnsupportedError
 from diskmorph.formats.policy import Parents
 from diskmorph.formats.registry import open_disk
 
-from testkit import MIB, content, pattern_disk, run
+from testkit import KIB, MIB, content, data, pattern_disk, run
 
 SECRET = b"secret"
 LUKS = {"encrypt.format": "luks", "encrypt.iter-time": "1"}
@@ -74,3 +76,93 @@ def test_lost_encryption_is_told(keep_chain: bool, tmp_path: Path) -> None:
     assert [loss.split(":")[0] for loss in lost] == ["encryption (LUKS)"]
     options = ConvertOptions(parents=options.parents, keep_chain=keep_chain, format_options=LUKS)
     assert not diskmorph.convert(image, tmp_path / "c.qcow2", options=options).lost
+
+
+QCOW2 = ["refcount_bits=1", "refcount_bits=64", "compat=0.10", "extended_l2=on,cluster_size=16k",
+         "lazy_refcounts=on", "compression_type=zstd", "cluster_size=2M"]  # fmt: skip
+OTHERS = ["vdi", "vdi static=on", "vpc subformat=fixed", "vpc subformat=dynamic", "vhdx block_size=16M,log_size=2M",
+          "vhdx subformat=fixed", "vmdk adapter_type=buslogic,hwversion=11", "vmdk zeroed_grain=on",
+          "vmdk subformat=streamOptimized", "raw"]  # fmt: skip
+DIFFERENT = {"vpc": ["force_size=on"]}
+
+
+@pytest.mark.parametrize("how", [*(f"qcow2 {words}" for words in QCOW2), *OTHERS])
+def test_the_variant_stays(how: str, tmp_path: Path) -> None:
+    kind, _, words = how.partition(" ")
+    image, source = tmp_path / "a.img", tmp_path / "in.raw"
+    source.write_bytes(data("variant", MIB) + bytes(MIB) + b"x" * (2 * MIB))
+    words = ",".join([*([words] if words else []), *DIFFERENT.get(kind, [])])
+    run("qemu-img", "convert", "-O", kind, *(("-o", words) if words else ()), source, image)
+    before, info = qemu_info(image), inspect(image).image.info
+    report = diskmorph.resize(image, 9 * MIB)
+    after = inspect(image).image.info
+    assert qemu_info(image) == before
+    for name in ("subformat", "sector_size", "allocation_unit"):
+        assert getattr(after, name) == getattr(info, name), name
+    for name in {"physical_sector_size", "log_size", "adapter_type", "hwversion"} & set(info.features):
+        assert after.features[name] == info.features[name], name
+    assert not report.lost
+    with open_disk(image) as disk:
+        assert content(disk) == source.read_bytes() + bytes(5 * MIB)
+
+
+@pytest.mark.parametrize("codec", ["zlib", "zstd"])
+def test_compressed_clusters_stay_as_they_are(codec: str, tmp_path: Path) -> None:
+    image, source = tmp_path / "a.qcow2", tmp_path / "in.raw"
+    source.write_bytes(b"text %d " % MIB * MIB)
+    run("qemu-img", "convert", "-c", "-O", "qcow2", "-o", f"compression_type={codec}", source, image)
+    before, stored = qemu_info(image), image.stat().st_size
+    report = diskmorph.resize(image, 64 * MIB)
+    assert qemu_info(image) == before
+    assert report.bytes.passed >= source.stat().st_size - 64 * KIB
+    assert not report.bytes.copied
+    assert image.stat().st_size < 2 * stored
+    run("qemu-img", "check", "-q", image)
+
+
+def test_room_that_is_reserved_stays_reserved(tmp_path: Path) -> None:
+    image = tmp_path / "a.raw"
+    run("qemu-img", "create", "-q", "-f", "raw", "-o", "preallocation=falloc", image, "4M")
+    assert not diskmorph.resize(image, 6 * MIB).lost
+    assert image.stat().st_blocks * 512 >= 6 * MIB
+    options = ConvertOptions(format_options={"preallocation": "off"})
+    diskmorph.resize(image, 5 * MIB, options=options)
+    assert image.stat().st_blocks * 512 < MIB
+
+
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+def test_room_that_is_lost_is_told(format: str, tmp_path: Path) -> None:
+    image = tmp_path / "a.img"
+    run("qemu-img", "create", "-q", "-f", format, "-o", "preallocation=full", image, "4M")
+    assert "preallocation" in diskmorph.resize(image, 6 * MIB).lost[0]
+    image.write_bytes(b"x" * 4 * MIB)
+    assert not diskmorph.resize(image, 6 * MIB, options=ConvertOptions(source_format="raw")).lost
+
+
+def test_grains_of_another_size_are_told(tmp_path: Path) -> None:
+    image = tmp_path / "a.vmdk"
+    text = vmdkmade.words(['RW 8192 SPARSE "a.vmdk"'])
+    image.write_bytes(vmdkmade.Hosted(8192, {0: b"x"}, grain=8, text=text).build())
+    assert diskmorph.resize(image, 9 * MIB).lost == ("the allocation unit of 4096 bytes becomes 65536",)
+
+
+def test_words_of_the_user_go_before(tmp_path: Path) -> None:
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", tmp_path / "a.qcow2", "4M")
+    options = ConvertOptions(format_options={"cluster_size": "128k"})
+    assert not diskmorph.resize(tmp_path / "a.qcow2", 9 * MIB, options=options).lost
+    assert inspect(tmp_path / "a.qcow2").image.info.allocation_unit == 128 * KIB
+
+
+@pytest.mark.parametrize("format", ["qcow2", "vhd", "vhdx", "vdi", "vmdk"])
+def test_an_overlay_becomes_one_disk_elsewhere(format: str, tmp_path: Path) -> None:
+    base, over, new = (tmp_path / f"{name}.{format}" for name in ("base", "over", "new"))
+    diskmorph.convert(pattern_disk(4 * MIB, [(0, MIB, b"abc")]), base)
+    diskmorph.create(over, options=ConvertOptions(base=base))
+    options = ConvertOptions(parents=Parents.of(tmp_path))
+    with pytest.raises(UnsupportedError, match="overlay"):
+        diskmorph.resize(over, 9 * MIB, options=options)
+    report = diskmorph.resize(over, 9 * MIB, output=new, options=options)
+    assert not report.lost
+    assert any("flattened" in note for note in report.notes)
+    with open_disk(new) as disk, open_disk(base) as below:
+        assert content(disk) == content(below) + bytes(5 * MIB)
