@@ -27,6 +27,11 @@ _GETLK = getattr(fcntl, "F_OFD_GETLK", 36)
 _SETLK = getattr(fcntl, "F_OFD_SETLK", 37)
 
 
+def locked_by_writer(fd: int) -> bool:
+    """Return whether another process writes to the file, resizes it, or lets nobody read it."""
+    return any(_held_by_another(fd, byte) for byte in (_DOES + _WRITES, _DOES + _RESIZES, _FORBIDS + _READS))
+
+
 def lock_for_writing(fd: int, name: str) -> None:
     """Lock a file that is changed in place, until `fd` is closed: nobody writes to it, or keeps others from it.
 

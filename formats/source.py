@@ -7,10 +7,8 @@ error that names the offset, not zeroes.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import stat
-import struct
 import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
@@ -20,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from diskmorph.formats.errors import FormatError, IntegrityError, PolicyError, SourceError
+from diskmorph.formats.locking import locked_by_writer
 from diskmorph.formats.limits import Limits
 
 if TYPE_CHECKING:
@@ -274,23 +273,6 @@ class FilePool:
             os.close(fd)
 
 
-_OFD_GETLK = getattr(fcntl, "F_OFD_GETLK", 36)
-_FLOCK = "hhqqi4x"  # struct flock of Linux, 64-bit: l_type, l_whence, l_start, l_len, l_pid
-_QEMU_WRITERS = (101, 103, 200)  # QEMU block/file-posix.c: others write, others resize, others let nobody read
-
-
-def _locked_by_writer(fd: int) -> bool:
-    for byte in _QEMU_WRITERS:
-        ask = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
-        try:
-            answer = fcntl.fcntl(fd, _OFD_GETLK, ask)
-        except OSError:
-            return False
-        if struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK:
-            return True
-    return False
-
-
 _SPECIAL = (
     (stat.S_ISDIR, "a directory"),
     (stat.S_ISFIFO, "a FIFO"),
@@ -334,7 +316,7 @@ class FileSource(ByteSource):
         try:
             status = os.fstat(fd)
             refuse_special(status.st_mode, self.name, devices=devices)
-            if not shared and _locked_by_writer(fd):
+            if not shared and locked_by_writer(fd):
                 raise PolicyError(
                     "is in use by a running process that may write to it",
                     option="-U",
