@@ -202,15 +202,18 @@ class NewImage:
     passphrase: bytes | None = None
 
 
+_DIGITS = frozenset("0123456789.")
 _SUFFIXES = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "P": 1 << 50}
 
 
 def parse_size(text: str, name: str = "size") -> int:
     """Return bytes of `10G`, `512M`, `1.5T`, `512KiB` or plain digits (powers of 1024). Raises OptionError."""
-    word = text.strip().upper().removesuffix("IB") if text.strip().upper().endswith("IB") else text.strip().upper()
+    word = text.upper().removesuffix("IB")
     digits = word.rstrip("BKMGTP")
     unit = word[len(digits) :].rstrip("B") if len(word) - len(digits) > 1 else word[len(digits) :]
     try:
+        if not set(digits) <= _DIGITS:  # int() takes signs, spaces and underscores too
+            raise ValueError(digits)
         value = float(digits) * _SUFFIXES[unit] if "." in digits else int(digits) * _SUFFIXES[unit]
     except (ValueError, KeyError, OverflowError):
         raise OptionError(f"{name} {text!r} is not a size", hint="write bytes, or a number with K, M, G or T") from None

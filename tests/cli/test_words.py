@@ -218,3 +218,21 @@ def test_no_bar_off_a_terminal(disk: Path) -> None:
     done = dm("convert", "-f", "raw", "--rate", "6M", disk, "out.vdi").ok()
     assert done.err == ""
     assert "\r" in dm("convert", "-p", "--force", "--rate", "4M", disk, "out.vdi").ok().err
+
+
+@pytest.mark.parametrize("size", ["+6M", " 6M", "6 M", "6M ", "1_000", "\u0666M", "1e6", "6M+"], ids=ascii)
+def test_a_size_is_digits_and_a_suffix(size: str, disk: Path) -> None:
+    for words in (["convert", f"--size={size}", disk, "b.qcow2"], ["create", "--", "b.qcow2", size]):
+        refused = dm(*words)
+        assert refused.status == 2 and "is not a size" in refused.err
+    assert not Path("b.qcow2").exists()
+
+
+def test_sizes_of_resize_may_be_relative(disk: Path) -> None:
+    del disk
+    dm("create", "b.qcow2", "6.5MiB").ok()
+    assert dm("resize", "--json", "b.qcow2", "+512K").ok().json["virtual_size"] == 7 * MIB
+    assert dm("resize", "--json", "b.qcow2", "-512K").ok().json["virtual_size"] == 13 * MIB // 2
+    for size in ("++1M", "+-1M", "+ 1M", "-", "+", "-9M"):
+        assert dm("resize", "b.qcow2", size).status == 2
+    assert "+SIZE" in dm("resize", "--help").out
