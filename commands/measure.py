@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from diskmorph.commands.output import Output
 
 DESCRIPTION = """\
-Tell the size that a target of SRC would have, without writing it. Exact to the byte, unless the target is compressed:
-then `required` is an upper bound."""
+Tell the size that a target of SRC would have, without writing it. Exact to the byte, unless the target consists of
+several files, whose names it records: then `required` is an upper bound."""
 
 EXAMPLES = (
     ("diskmorph measure -O qcow2 disk.raw", "the size as qcow2"),

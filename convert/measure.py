@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from diskmorph.formats.disk import Disk
 
 _UNITS = 1 << 16
+_NAME = "measured"
+_LONGEST_NAME = "m" * (255 - len("-s001.vmdk")) + ".vmdk"
+"""What a file may be called, of which it has parts beside it: the names are recorded."""
 
 
 def measure(
@@ -33,16 +36,21 @@ def measure(
 ) -> Measurement:
     """Return the size in bytes of what `convert` would write with these options, and with every unit stored.
 
-    The source is read, since zeroes in it are not stored; compressed targets are encoded. Raises what `convert` raises.
+    The source is read, since zeroes in it are not stored; compressed targets are encoded. Of an image of several files,
+    which records their names, that is the most that it may be. Raises what `convert` raises.
     """
     options = options or ConvertOptions()
     if format is not None:
         options = replace(options, target_format=format)
-    with make_plan(source, "measured", options) as plan:
+    with make_plan(source, _NAME, options) as plan:
+        exact = len(plan.allocator.members) == 1
+        name = _NAME if exact else _LONGEST_NAME
+        if not exact:
+            plan.allocator = new_allocator(plan.format, plan.disk, name, plan.options, plan.base)
         run(transfer_of(plan), None, None, on_progress)
         required = sum(plan.allocator.sizes())
-        full = new_allocator(plan.format, plan.disk, "measured", plan.options, plan.base)
-        return Measurement(plan.format.name, required, max(required, fully_allocated(full)), exact=True)
+        full = new_allocator(plan.format, plan.disk, name, plan.options, plan.base)
+        return Measurement(plan.format.name, required, max(required, fully_allocated(full)), exact=exact)
 
 
 def fully_allocated(allocator: Allocator) -> int:

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 import diskmorph
-from diskmorph.convert.patching import JOURNAL
 from diskmorph.convert.digest import LEAF
+from diskmorph.convert.options import ConvertOptions
+from diskmorph.convert.patching import JOURNAL
 from diskmorph.formats.errors import FormatError, OptionError, TargetError
 from diskmorph.formats.views import Memory, Zero
 
@@ -188,6 +189,17 @@ def test_measure_of_a_giant(tmp_path: Path) -> None:
         found = diskmorph.measure(Zero(TIB), name)
         assert found.required <= found.fully_allocated
         assert found.fully_allocated >= TIB
+
+
+@pytest.mark.parametrize("subformat", ["monolithicFlat", "twoGbMaxExtentSparse", "twoGbMaxExtentFlat"])
+@pytest.mark.parametrize("name", ["t.vmdk", "n" * 240 + ".vmdk"])
+def test_measure_of_an_image_that_records_names_is_an_upper_bound(name: str, subformat: str, tmp_path: Path) -> None:
+    options = ConvertOptions(format_options={"subformat": subformat})
+    disk = little_disk()
+    found = diskmorph.measure(disk, "vmdk", options=options)
+    written = diskmorph.convert(disk, tmp_path / name, options=options).stored_size
+    assert not found.exact
+    assert written <= found.required <= written + 1000
 
 
 # --- names
