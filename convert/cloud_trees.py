@@ -14,6 +14,7 @@ from diskmorph.convert.cloud_write import FileSink, GzipSink, pump, require_read
 from diskmorph.convert.options import ConvertOptions, ConvertReport, Moved, Progress
 from diskmorph.formats.allocator import Identity, OptionReader
 from diskmorph.formats.errors import FormatError, OptionError, UnsupportedError
+from diskmorph.formats.numbers import whole_number
 from diskmorph.formats.output import FileTarget
 from diskmorph.formats.source import ByteSource, FileSource
 from diskmorph.formats.tree import file_node
@@ -146,8 +147,9 @@ def _first_user(tree: Tree) -> int | None:
         return None
     for line in node.read().split(b"\n"):
         words = line.split(b":")
-        if len(words) >= 7 and words[2].isdigit() and 1000 <= int(words[2]) < 60000:
-            return int(words[2])
+        uid = whole_number(words[2], 59999) if len(words) >= 7 else None
+        if uid is not None and uid >= 1000:
+            return uid
     return None
 
 
@@ -254,8 +256,9 @@ def _kernels(tree: Tree, folder: bytes) -> Iterator[tuple[bytes, Node]]:
 
 
 def _version(path: bytes) -> list[tuple[int, bytes]]:
-    """Return a key by which kernels' names sort as their versions do."""
-    return [(int(part), b"") if part.isdigit() else (-1, part) for part in _DIGITS.split(path.split(b"/", 1)[1])]
+    """Return a key by which kernels' names sort as their versions do: longer numbers are larger."""
+    parts = _DIGITS.split(path.split(b"/", 1)[1])
+    return [(len(part.lstrip(b"0")), part.lstrip(b"0")) if part.isdigit() else (-1, part) for part in parts]
 
 
 def unpacked_kernel(source: ByteSource) -> Iterator[bytes]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from diskmorph.formats.errors import OptionError
 from diskmorph.formats.extents import CODEC_NAMES, DEFLATE, ZLIB, ZSTD
+from diskmorph.formats.numbers import whole_number
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,9 +41,10 @@ def parse_compress(word: str, default: int) -> tuple[int, int | None]:
     if not colon:
         return codec, None
     low, high = _LEVELS[codec]
-    if not level.isdigit() or not low <= int(level) <= high:
+    found = whole_number(level, high)
+    if found is None or found < low:
         raise OptionError(f"{name} has no level {level!r}", hint=f"from {low} to {high}")
-    return codec, int(level)
+    return codec, found
 
 
 def encoder(codec: int, level: int | None, window_bits: int = _WIDE) -> Encoder:

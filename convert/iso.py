@@ -15,6 +15,7 @@ from diskmorph.formats.errors import OptionError, TargetError
 from diskmorph.formats.gpt import Hybrid, Partition, build_gpt, first_usable, last_usable
 from diskmorph.formats.iso.reader import describe
 from diskmorph.formats.iso.writer import IsoLayout, IsoOptions
+from diskmorph.formats.numbers import whole_number
 from diskmorph.formats.policy import Opener
 from diskmorph.formats.probe import signatures
 from diskmorph.formats.registry import open_disk
@@ -73,9 +74,10 @@ def _wanted(options: ConvertOptions) -> _Wanted:
 
 def _owner(reader: OptionReader, name: str) -> int | None:
     text = reader.text(name, "")
-    if text and not text.isdigit():
+    found = whole_number(text, 0xFFFF_FFFF)
+    if text and found is None:
         raise OptionError(f"iso option {name}={text} is not a number")
-    return int(text) if text else None
+    return found
 
 
 def tree_to_iso(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     Found = Iterator[tuple[str, str, str]]
 
-_FAMILY = re.compile(r"vmx-(\d+)")
+_FAMILY = re.compile(r"vmx-([0-9]{1,9})")
 _POWER = re.compile(r"byte(\s*\*\s*2\s*\^\s*\d+)?")
 _HREF = re.compile(r"[A-Za-z0-9._ ()+-]+")
 _ANEW = "write the package anew: `diskmorph convert PKG NEW.ova`"

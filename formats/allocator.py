@@ -6,6 +6,7 @@ One owner thread calls, in this order: `begin` once; then for ascending disk ran
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from abc import ABC, abstractmethod
@@ -17,6 +18,7 @@ import numpy as np
 
 from diskmorph.formats.errors import OptionError
 from diskmorph.formats.extents import PLAIN
+from diskmorph.formats.numbers import whole_number
 
 if TYPE_CHECKING:
     import uuid
@@ -37,6 +39,9 @@ PLACED = np.dtype(
     [("start", "<u8"), ("length", "<u8"), ("offset", "<u8"), ("member", "<u4"), ("kind", "u1"), ("codec", "u1")],
     align=True,
 )
+
+
+_LATEST = 0xFFFF_FFFF  # seconds since 1970: what file systems and archives hold in 32 bits
 
 
 class Write(NamedTuple):
@@ -137,6 +142,17 @@ class NewParent:
     identity: Mapping[str, str] = field(default_factory=dict)
     path: Path | None = None
 
+    def unicode_name(self) -> str:
+        """Return the name for formats that store names as Unicode. Raises OptionError: its bytes are no UTF-8."""
+        try:
+            self.name.encode()
+        except UnicodeEncodeError:
+            raise OptionError(
+                f"{self.format} cannot record the parent's name {self.name!r}, which is not UTF-8",
+                hint="rename the parent, or write the overlay as qcow2",
+            ) from None
+        return self.name
+
 
 class Identity:
     """Where a new image's UUIDs, CIDs and times come from: chance and the clock, or a seed.
@@ -176,10 +192,16 @@ class Identity:
         return value if value not in {0, 0xFFFFFFFF, 0xFFFFFFFE} else 0x1234ABCD
 
     def time(self) -> float:
-        """Return the seconds since 1970 that count as now."""
+        """Return the seconds since 1970 that count as now. Raises OptionError: SOURCE_DATE_EPOCH is none."""
         if self._seed is None or self._fixed:
             return self._now
-        return float(os.environ.get("SOURCE_DATE_EPOCH", "946684800"))
+        said = os.environ.get("SOURCE_DATE_EPOCH", "946684800")
+        found = whole_number(said, _LATEST)
+        if found is None:
+            raise OptionError(
+                f"SOURCE_DATE_EPOCH={said[:40]!r} is no time", hint=f"whole seconds since 1970, at most {_LATEST}"
+            )
+        return float(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +239,7 @@ def parse_size(text: str, name: str = "size") -> int:
         value = float(digits) * _SUFFIXES[unit] if "." in digits else int(digits) * _SUFFIXES[unit]
     except (ValueError, KeyError, OverflowError):
         raise OptionError(f"{name} {text!r} is not a size", hint="write bytes, or a number with K, M, G or T") from None
-    if value < 0 or value != int(value):
+    if not 0 <= value < math.inf or value != int(value):
         raise OptionError(f"{name} {text!r} is not a whole number of bytes")
     return int(value)
 
@@ -258,9 +280,10 @@ class OptionReader:
     def number(self, name: str, default: int, *, least: int, most: int) -> int:
         """Return a whole number between `least` and `most`."""
         text = self._left.pop(name, str(default))
-        if not text.isdigit() or not least <= int(text) <= most:
+        found = whole_number(text, most)
+        if found is None or found < least:
             raise OptionError(f"{self._format} option {name}={text} is out of range", hint=f"from {least} to {most}")
-        return int(text)
+        return found
 
     def done(self) -> None:
         """Raise OptionError for options that are left over."""

@@ -21,6 +21,7 @@ from diskmorph.convert.aws.undo import IMAGE, OBJECT, SNAPSHOT, TASK, Thing, mad
 from diskmorph.convert.aws.waiting import ticks, wait_image, wait_snapshot
 from diskmorph.convert.options import ConvertOptions, Progress
 from diskmorph.formats.errors import OptionError, UnsupportedError
+from diskmorph.formats.numbers import whole_number
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -307,8 +308,8 @@ def _follow(job: Job, task: str, size: int, *, image: bool) -> str:
         detail = row if image else row.get("SnapshotTaskDetail") or {}
         status, message = str(detail.get("Status", "active")), str(detail.get("StatusMessage") or "")
         progress = str(detail.get("Progress") or "0")
-        share = int(progress) if progress.isdigit() else 0
-        job.on_progress(Progress("import", size * min(share, 99) // 100, size))
+        share = min(99, whole_number(progress, 100) or 0)
+        job.on_progress(Progress("import", size * share // 100, size))
         if status == "completed":
             job.on_progress(Progress("import", size, size))
             return message

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from diskmorph.convert.aws.faults import AwsError
 from diskmorph.convert.aws.rates import pause
 from diskmorph.convert.options import Progress
+from diskmorph.formats.numbers import whole_number
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -72,5 +73,4 @@ def wait_image(
 
 def _percent(text: str | None) -> int:
     """Return the number of `42%`."""
-    digits = (text or "0").rstrip("%")
-    return min(99, int(digits)) if digits.isdigit() else 0
+    return min(99, whole_number((text or "0").rstrip("%"), 100) or 0)

@@ -8,6 +8,7 @@ from diskmorph.convert.bridge.facts import read_text
 from diskmorph.convert.bridge.initramfs import guest_script
 from diskmorph.convert.bridge.launcher import Program, run_program
 from diskmorph.formats.errors import OptionError
+from diskmorph.formats.numbers import whole_number
 from diskmorph.formats.tree import Node, Tree, dir_node, file_node
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ _NEEDED = (("proc", 0o555), ("sys", 0o555), ("dev", 0o755), ("run", 0o755), ("tm
 _SIGNALS = ("HUP", "INT", "QUIT", "KILL", "USR1", "USR2", "TERM", "WINCH", "PWR", "CONT", "STOP")
 _SIGNAL_NUMBERS = {"1": "HUP", "2": "INT", "3": "QUIT", "9": "KILL", "10": "USR1", "12": "USR2", "15": "TERM",
                    "28": "WINCH", "30": "PWR"}  # fmt: skip
+_RTMIN, _LAST_SIGNAL = 34, 64
+_LAST_ID = 0xFFFF_FFFE  # all ones is nobody's number
 
 
 class Account(NamedTuple):
@@ -93,10 +96,13 @@ def put_container(inject: Injector, tree: Tree, program: Program, busybox: Node,
 def stop_signal(text: str) -> str:
     """Return the name of a signal as `kill` takes it. Raises OptionError."""
     name = _SIGNAL_NUMBERS.get(text, text.upper().removeprefix("SIG"))
-    if name not in _SIGNALS and not (name.startswith("RTMIN") and name[5:].lstrip("+").isdigit()):
-        raise OptionError(f"the image's STOPSIGNAL {text!r} is not known")
+    if name in _SIGNALS:
+        return name
+    real_time = whole_number(name[5:].lstrip("+"), _LAST_SIGNAL - _RTMIN) if name.startswith("RTMIN") else None
+    if real_time is None:
+        raise OptionError(f"the image's STOPSIGNAL {text[:40]!r} is not known")
     # busybox's kill knows no RTMIN+3, which images with an init use
-    return str(34 + int(name[5:].lstrip("+"))) if name.startswith("RTMIN") else name
+    return str(_RTMIN + real_time)
 
 
 def resolve_user(tree: Tree, text: str) -> Account:
@@ -110,16 +116,17 @@ def resolve_user(tree: Tree, text: str) -> Account:
     users = _table(tree, "etc/passwd", 7)
     groups = _table(tree, "etc/group", 4)
     found = next((fields for fields in users if user in (fields[0], fields[2])), None)
-    if found is None and not user.isdigit():
+    uid = whole_number(found[2] if found else user, _LAST_ID)
+    if uid is None:
         raise OptionError(f"the image's user {user!r} is not in its /etc/passwd")
-    uid = int(found[2]) if found else int(user)
     gid = int(found[3]) if found else 0
     home = (found[5] if found else "") or "/"
     if group:
         row = next((fields for fields in groups if group in (fields[0], fields[2])), None)
-        if row is None and not group.isdigit():
+        chosen = whole_number(row[2] if row else group, _LAST_ID)
+        if chosen is None:
             raise OptionError(f"the image's group {group!r} is not in its /etc/group")
-        return Account(uid, int(row[2]) if row else int(group), (), home)
+        return Account(uid, chosen, (), home)
     name = found[0] if found else None
     others = [int(fields[2]) for fields in groups if name is not None and name in fields[3].split(",")]
     return Account(uid, gid, tuple(dict.fromkeys(others)), home)
@@ -129,7 +136,9 @@ def _table(tree: Tree, path: str, fields: int) -> list[list[str]]:
     """Return the rows of passwd or group whose numbers are numbers."""
     rows = [line.split(":") for line in (read_text(tree, path) or "").splitlines()]
     numeric = (2, 3) if fields == 7 else (2,)
-    return [row for row in rows if len(row) >= fields and all(row[at].isdigit() for at in numeric)]
+    return [
+        row for row in rows if len(row) >= fields and all(whole_number(row[at], _LAST_ID) is not None for at in numeric)
+    ]
 
 
 def _words(config: Mapping[str, object], name: str) -> list[str]:

@@ -156,8 +156,12 @@ def _modules_of(tree: Tree, version: str) -> ModuleFolder | None:
 
 
 def _order(version: str) -> list[object]:
-    """Return what versions are compared by: numbers as numbers."""
-    return [(1, int(word), "") if word.isdigit() else (0, 0, word) for word in re.findall(r"\d+|[^\d]+", version)]
+    """Return what versions are compared by: numbers as numbers, the longer ones being larger."""
+    found: list[object] = []
+    for number, word in re.findall(r"([0-9]+)|([^0-9]+)", version):
+        digits = number.lstrip("0")
+        found.append((1, len(digits), digits) if number else (0, 0, word))
+    return found
 
 
 def _oci(kernel: Kernel) -> str:

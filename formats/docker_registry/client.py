@@ -12,6 +12,7 @@ from diskmorph.formats.docker_registry.auth import Authorizer
 from diskmorph.formats.docker_registry.reference import is_local
 from diskmorph.formats.docker_registry.transport import ATTEMPTS, RETRIED, BrokenOffError, Origin, Transport, joined
 from diskmorph.formats.errors import IntegrityError, SourceError, TargetError
+from diskmorph.formats.numbers import whole_number
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -118,14 +119,14 @@ class Repository:
         skip = start
         if answer.status == 206:
             span = re.match(r"bytes (\d+)-", answer.header("Content-Range"))
-            if not span or int(span[1]) != start:
+            if not span or whole_number(span[1], start) != start:
                 answer.close()
                 raise SourceError("the registry answers with another range", file=self.name, offset=start)
             skip = 0
-        length = answer.header("Content-Length")
-        if length.isascii() and length.isdigit() and int(length) - skip != size - start:
+        length = whole_number(answer.header("Content-Length"), (1 << 63) - 1)
+        if length is not None and length - skip != size - start:
             answer.close()
-            raise self._wrong_size(digest, size, int(length) - skip + start)
+            raise self._wrong_size(digest, size, length - skip + start)
         try:
             while data := answer.chunk(_STEP):
                 if skip:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from diskmorph.formats.errors import FormatError, PolicyError, UnsupportedError
+from diskmorph.formats.numbers import whole_number
 from diskmorph.formats.tar.schema import BLOCK, HEADER, is_tar, number
 
 if TYPE_CHECKING:
@@ -188,17 +189,23 @@ class _Index:
             if {"path", "size", "linkpath"} & records.keys():
                 raise self._fault("has a global PAX header that renames or resizes members", at)
             return _Pending(pending.name, pending.size, words)
-        size_said = records.get("size")
-        if size_said is not None and not (size_said.isdigit() and len(size_said) < 20):
-            raise self._fault("has a PAX size that is no number", at, field="size", found=size_said)
-        return _Pending(records.get("path", pending.name), int(size_said) if size_said else pending.size, words)
+        return _Pending(records.get("path", pending.name), self._pax_size(records, pending.size, at), words)
+
+    def _pax_size(self, records: dict[str, str], size: int | None, at: int) -> int | None:
+        said = records.get("size")
+        if said is None:
+            return size
+        found = whole_number(said, (1 << 63) - 1)
+        if found is None:
+            raise self._fault("has a PAX size that is no number", at, field="size", found=said[:40])
+        return found
 
     def _pax(self, data: bytes, at: int) -> dict[str, str]:
         """Return PAX records: `LENGTH KEY=VALUE` and a newline each, the length counting itself (POSIX.1 pax)."""
         records, position = {}, 0
         while position < len(data):
             digits = data[position : position + 20].split(b" ", 1)[0]
-            length = int(digits) if digits.isdigit() else 0
+            length = whole_number(digits, _LARGEST_PAX) or 0
             record = data[position + len(digits) + 1 : position + length]
             if length <= len(digits) + 1 or position + length > len(data) or record[-1:] != b"\n" or b"=" not in record:
                 raise self._fault("has a damaged PAX header", at + BLOCK + position)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 
+from diskmorph.formats import numbers
 from diskmorph.formats.machine import Property
 
 LARGEST = 1 << 62
+_MOST = 10**19 - 1
 _BASES = {"": 1, "byte": 1, "bytes": 1, "b": 1, "bit": None, "bits": None}
 # OVF 0.9 and its descendants mean powers of 1024 by all of these.
 _WORDS = {
@@ -58,8 +60,7 @@ def best_unit(size: int) -> tuple[int, str]:
 
 def whole_number(text: str | None) -> int | None:
     """Return the number that digits say, or None; signs, fractions and absurd lengths are no numbers."""
-    word = (text or "").strip()
-    return int(word) if word.isascii() and word.isdigit() and len(word) < 20 else None
+    return numbers.whole_number((text or "").strip(), _MOST)
 
 
 def resolve(text: str, properties: dict[str, Property]) -> str | None:

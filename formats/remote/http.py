@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from diskmorph.formats.errors import IntegrityError, SourceError
+from diskmorph.formats.numbers import whole_number
 from diskmorph.formats.remote.blocks import BlockSource
 
 _ATTEMPTS = 6
@@ -32,7 +33,8 @@ class HttpSource(BlockSource):
         )
         timeout = urllib3.Timeout(connect=_TIMEOUT, read=_TIMEOUT)
         self._http = urllib3.PoolManager(maxsize=8, retries=retries, timeout=timeout)
-        self._broken: tuple[type[Exception], ...] = (urllib3.exceptions.HTTPError,)
+        # ValueError: urllib3 takes any digits of Retry-After for a number, and int() does not take thousands.
+        self._broken: tuple[type[Exception], ...] = (urllib3.exceptions.HTTPError, ValueError)
         self._url = url
         self.name = url
         answer, _ = self._get(0, 1)
@@ -42,10 +44,11 @@ class HttpSource(BlockSource):
             raise self._unfit(answer)
         else:
             total = answer.headers.get("Content-Range", "").rpartition("/")[2]
-        if not total.isdigit():
-            raise SourceError("the server does not say how large the file is", file=url)
+        size = whole_number(total, (1 << 63) - 1)
+        if size is None:
+            raise SourceError("the server does not say how large the file is", file=url, found=total[:40])
         self._mark = self._mark_of(answer)
-        super().__init__(url, int(total))
+        super().__init__(url, size)
 
     def _unfit(self, answer: Any) -> SourceError:
         if answer.status == 200:

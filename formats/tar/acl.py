@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from diskmorph.formats.errors import FormatError
+from diskmorph.formats.numbers import whole_number
 
 ENTRY = np.dtype([("tag", "<u2"), ("perm", "<u2"), ("id", "<u4")])
 VERSION = (2).to_bytes(4, "little")
@@ -49,8 +50,8 @@ def _entry(words: list[str]) -> tuple[int, int, int] | None:
     perm = 4 * ("r" in letters) + 2 * ("w" in letters) + ("x" in letters)
     if not who:
         return tag, perm, _NO_ID
-    number = words[3] if len(words) == 4 else who
-    return (tag, perm, int(number)) if number.isdigit() and int(number) < _NO_ID else None
+    number = whole_number(words[3] if len(words) == 4 else who, _NO_ID - 1)
+    return None if number is None else (tag, perm, number)
 
 
 def permission_bits(value: bytes) -> int | None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote_to_bytes
 
 from diskmorph.formats.errors import FormatError
+from diskmorph.formats.numbers import whole_number
 from diskmorph.formats.tar import acl
 
 if TYPE_CHECKING:
@@ -58,9 +59,10 @@ def apply(pax: Pax, node: Node, name: bytes, file: str, at: int, lost: list[str]
     for key in (b"uid", b"gid"):
         text = pax.get(key)
         if text:
-            if not text.isdigit() or int(text) > 0xFFFFFFFF:
+            number = whole_number(text, 0xFFFFFFFF)
+            if number is None:
                 raise _damaged("an extended header is damaged", file, at, field=key.decode(), found=text[:40])
-            setattr(node, key.decode(), int(text))
+            setattr(node, key.decode(), number)
     if pax.get(b"mtime"):
         node.mtime = nanoseconds(pax[b"mtime"], file, at)
     xattrs: dict[bytes, bytes] = {}

@@ -12,6 +12,7 @@ import numpy as np
 
 from diskmorph.formats.errors import FormatError, UnsupportedError
 from diskmorph.formats.limits import Limits
+from diskmorph.formats.numbers import whole_number
 from diskmorph.formats.tar import schema as s
 from diskmorph.formats.tar.pax import Pax, parse_records
 from diskmorph.formats.tar.sparse import sparse_of_header, sparse_of_pax
@@ -163,7 +164,7 @@ class _Walker:
     def _size(self, header: bytes, at: int) -> int:
         field = header[124:136]
         try:
-            return int(field[:11], 8) if field[11] in b"\0 " and field[0] < 0x80 else self._odd_size(field, at)
+            return int(field[:11], 8) if field[11] in b"\0 " and field[:11].isdigit() else self._odd_size(field, at)
         except ValueError:
             return self._odd_size(field, at)
 
@@ -177,9 +178,10 @@ class _Walker:
         text = pax.get(b"size") if pax else None
         if not text:
             return size
-        if not text.isdigit() or len(text) > 19:
+        found = whole_number(text, (1 << 63) - 1)
+        if found is None:
             raise _damaged(self._source, "an extended header is damaged", at, field="size", found=text[:40])
-        return int(text)
+        return found
 
     def _extend(self, flag: int, at: int, size: int, pending: Pax) -> None:
         if size > self._limits.descriptor:

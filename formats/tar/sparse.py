@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from diskmorph.formats.errors import FormatError
+from diskmorph.formats.numbers import whole_number
 from diskmorph.formats.tar import schema as s
 from diskmorph.formats.tree import Piece
 
@@ -51,7 +52,7 @@ def sparse_of_pax(
 
 
 def _decimal(text: bytes) -> int | None:
-    return int(text) if text.isdigit() and len(text) < 20 else None
+    return whole_number(text, (1 << 64) - 1)
 
 
 def _map_before_data(source: ByteSource, at: int, data: int, stored: int, most: int) -> tuple[list[int | None], int]:

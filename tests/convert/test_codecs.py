@@ -7,7 +7,7 @@ import zlib
 import pytest
 
 import diskmorph
-from diskmorph.convert.codecs import encoder
+from diskmorph.convert.codecs import encoder, parse_compress
 from diskmorph.formats.codecs import decode, decode_exactly
 from diskmorph.formats.errors import FormatError, OptionError
 from diskmorph.formats.extents import DEFLATE, ZLIB, ZSTD
@@ -23,6 +23,13 @@ def streamed(stream: bytes, bits: int) -> bytes:
     """Decode byte by byte, as a reader does that keeps no more than the window."""
     reader = zlib.decompressobj(bits)
     return b"".join(reader.decompress(bytes([byte])) for byte in stream) + reader.flush()
+
+
+@pytest.mark.parametrize("level", ["", "10", "-1", "\u00b2", "9" * 5000])
+def test_what_is_no_level_is_refused(level):
+    with pytest.raises(OptionError, match="has no level"):
+        parse_compress(f"deflate:{level}", ZLIB)
+    assert parse_compress("deflate:9", ZLIB) == (DEFLATE, 9)
 
 
 @pytest.mark.parametrize("level", [None, *range(10)])

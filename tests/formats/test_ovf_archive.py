@@ -97,6 +97,7 @@ BAD = {
     "PAX too long": (header("x", 2 << 20, kind=b"x") + bytes(3 << 20) + END, FormatError, "too long"),
     "damaged PAX": (entry("x", b"99 path=a\n", kind=b"x") + entry("a") + END, FormatError, "PAX"),
     "PAX size": (pax(size="12x") + entry("a") + END, FormatError, "PAX size"),
+    "PAX size that is a digit to some": (pax(size="\u00b2") + entry("a") + END, FormatError, "PAX size"),
 }
 
 

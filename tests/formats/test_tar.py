@@ -260,7 +260,8 @@ def test_acl_text() -> None:
     assert text == b"user::rw-,user:4242:rwx,group::r--,group:4343:r-x,mask::rwx,other::r--"
     assert from_text(text) == ACL
     assert from_text(b"u::rw-\ng::r--\no:r--\n") is not None
-    assert from_text(b"user::rw-,user:lp:rwx,group::r--,other::r--") is None
+    for number in ("lp", "\u00b2", "9" * 5000):
+        assert from_text(f"user::rw-,user:{number}:rwx,group::r--,other::r--".encode()) is None
     with pytest.raises(FormatError):
         from_text(b"user::rwz")
 
@@ -288,12 +289,15 @@ _HOSTILE = {
     "negative size": ([sealed(_GOOD[:124] + b"\xff" * 12 + _GOOD[136:512])], "damaged"),
     "size beyond the end": ([sealed(_GOOD[:124] + b"77777777777\0" + _GOOD[136:512])], "cut off"),
     "huge size": ([sealed(_GOOD[:124] + b"\x80" + b"\x7f" * 11 + _GOOD[136:512])], "cut off"),
+    "size below zero": ([sealed(_GOOD[:124] + b"-0000001000\0" + _GOOD[136:512])], "damaged"),
     "size is no number": ([sealed(_GOOD[:124] + b"hello\0\0\0\0\0\0\0" + _GOOD[136:512])], "damaged"),
     "uid negative": ([sealed(_GOOD[:108] + b"\xff" * 8 + _GOOD[116:512]) + _GOOD[512:]], "damaged"),
     "pax length": ([tar_entry("p", b"99999 a=b\n", b"x"), _GOOD], "damaged"),
     "pax no equals": ([tar_entry("p", b"5 ab\n", b"x"), _GOOD], "damaged"),
     "pax size": ([tar_entry("a", pax={"size": b"-5"})], "damaged"),
     "pax uid": ([tar_entry("a", pax={"uid": b"99999999999"})], "damaged"),
+    "pax uid of 5,000 digits": ([tar_entry("a", pax={"uid": b"9" * 5000})], "damaged"),
+    "pax gid of 5,000 digits": ([tar_entry("a", pax={"gid": b"9" * 5000})], "damaged"),
     "pax mtime": ([tar_entry("a", pax={"mtime": b"soon"})], "damaged"),
     "pax too large": ([tar_entry("p", b"", b"x", size=5 << 20)], "too large"),
     "sparse overlap": (

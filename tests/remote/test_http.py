@@ -29,6 +29,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.rng = random.Random(3)
         self.sent = self.requests = 0
         self.pause = 0.0  # seconds between pieces of an answer
+        self.total = ""  # what it says of the file's size, where that is not the truth
+        self.busy = ""  # what it says of how long to wait: it has no time at all
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     def server_close(self) -> None:
@@ -53,6 +55,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.path != "/disk.img":
             self.send_error(404)
             return
+        if server.busy:
+            self.send_response(503)
+            self.send_header("Retry-After", server.busy)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
         fault = server.rng.choice(("reset", "break", "503")) if server.rng.random() < server.faults else ""
         if fault == "reset":
             self.close_connection = True
@@ -72,7 +80,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         first, last = int(asked[1]), min(int(asked[2]), len(server.body) - 1)
         piece = server.body[first : last + 1]
         self.send_response(206)
-        self.send_header("Content-Range", f"bytes {first}-{last}/{len(server.body)}")
+        self.send_header("Content-Range", f"bytes {first}-{last}/{server.total or len(server.body)}")
         self.send_header("Content-Length", str(len(piece)))
         self.send_header("ETag", server.etag)
         self.end_headers()
@@ -96,6 +104,21 @@ def test_a_remote_image_is_converted_by_ranges(tmp_path, image):
         report = diskmorph.convert(server.url, tmp_path / "out.raw")
         assert (tmp_path / "out.raw").read_bytes() == content(little_disk())
         assert report.source == server.url
+
+
+@pytest.mark.parametrize("total", ["*", "-1", "\u00b2", "9" * 5000, str(1 << 63)], ids=lambda text: ascii(text)[:9])
+def test_a_size_that_is_none_is_refused(total, image):
+    with Server(image) as server:
+        server.total = total
+        with pytest.raises(SourceError, match="how large"):
+            HttpSource(server.url)
+
+
+def test_a_wait_that_is_no_number_is_an_error(image):
+    with Server(image) as server:
+        server.busy = "9" * 5000
+        with pytest.raises(SourceError, match="cannot be fetched"):
+            HttpSource(server.url)
 
 
 def test_only_what_holds_data_is_fetched(tmp_path):
