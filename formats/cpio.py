@@ -112,6 +112,8 @@ def _read_head(source: ByteSource, at: int) -> tuple[dict[str, int], bytes, int]
         numbers = {name: int(header[name], 16) for name in _NUMBERS}
     except ValueError:
         raise _fault(source, "is damaged: a number is none", at) from None
+    if min(numbers.values()) < 0:  # a size below zero would lead back to where the reader has been
+        raise _fault(source, "is damaged: a number is below zero", at)
     length = numbers["namesize"]
     if not 0 < length <= _LONGEST_NAME:
         raise _fault(source, "has a name of an impossible length", at)

@@ -235,9 +235,12 @@ class _Reader:
 
     def _number(self, field: bytes, start: int) -> int:
         try:
-            return int(field, 16)
+            found = int(field, 16)
         except ValueError:
-            raise self._fault("has a damaged archive: a number is none", start, found=bytes(field)) from None
+            found = -1
+        if found < 0:
+            raise self._fault("has a damaged archive: a number is none", start, found=bytes(field))
+        return found
 
     def _skip(self, data: _Bytes, count: int, start: int) -> None:
         before = data.at

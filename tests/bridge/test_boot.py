@@ -17,7 +17,7 @@ from treekit import tar_entry, tar_file
 from diskmorph.convert.bridge import BuildOptions, build, container, grub, launcher, software, system, uki
 from diskmorph.convert.bridge.initramfs import find_busybox, gzipped, is_static, make_initramfs
 from diskmorph.convert.bridge.injected import Injector
-from diskmorph.convert.bridge.kernels import _given_modules
+from diskmorph.convert.bridge.kernels import _given_modules, _order
 from diskmorph.convert.bridge.modules import ModuleFolder, dependency_lists
 from diskmorph.convert.bridge.shelf import Shelf, given_file
 from diskmorph.convert.options import ConvertOptions
@@ -271,9 +271,21 @@ class TestGrub:
         )
 
 
+def test_versions_are_ordered_by_their_numbers() -> None:
+    words = ["6." + "9" * 5000, "6.12", "6.1.\u00b2", "6.1.0-10-amd64", "6.1.0-9-amd64"]
+    assert sorted(words, key=_order) == words[::-1]
+
+
+def test_a_size_below_zero_does_not_lead_back() -> None:
+    raw = bytearray(write_cpio(tree_of(a="x")))
+    raw[54:62] = b"-%07X" % 112  # the file's size: its header, the name and padding are as long
+    with pytest.raises(FormatError, match="below zero"):
+        read_cpio(BytesSource(bytes(raw), "x.cpio"))
+
+
 class TestUsers:
     tree = tree_of(
-        etc__passwd="root:x:0:0::/root:/bin/sh\napp:x:7:8::/srv:/bin/sh\nbad:x:y:z::/:\n",
+        etc__passwd="root:x:0:0::/root:/bin/sh\napp:x:7:8::/srv:/bin/sh\nbad:x:y:z::/:\nodd:x:\u00b2:0::/:\n",
         etc__group="eight:x:8:\nmore:x:9:app,root\nw:x:10:\n",
     )
 
@@ -291,7 +303,11 @@ class TestUsers:
     def test_resolved(self, text: str, found: tuple[object, ...]) -> None:
         assert container.resolve_user(self.tree, text) == found
 
-    @pytest.mark.parametrize("text", ["nobody", "app:nogroup"])
+    @pytest.mark.parametrize(
+        "text",
+        ["nobody", "app:nogroup", "\u00b2", "app:\u00b2", "9" * 5000, "4294967295"],
+        ids=lambda text: ascii(text)[:9],
+    )
     def test_unknown(self, text: str) -> None:
         with pytest.raises(OptionError, match="not in its"):
             container.resolve_user(self.tree, text)
@@ -309,9 +325,10 @@ class TestUsers:
     def test_stop_signals(self, text: str, found: str) -> None:
         assert container.stop_signal(text) == found
 
-    def test_no_signal(self) -> None:
+    @pytest.mark.parametrize("text", ["x; rm -rf /", "RTMIN+31", "RTMIN+\u00b2"], ids=ascii)
+    def test_no_signal(self, text: str) -> None:
         with pytest.raises(OptionError, match="STOPSIGNAL"):
-            container.stop_signal("x; rm -rf /")
+            container.stop_signal(text)
 
 
 class TestSystem:

@@ -120,6 +120,7 @@ def test_damage_inside_a_stream(codec):
         (FIRST + b"junk", "no compressed stream"),
         (b"070707" + BODY[6:], "no compressed stream"),
         (BODY.replace(b"00000bb8", b"xxxxxxxx", 1), "number is none"),
+        (BODY.replace(b"00000bb8", b"-0000076", 1), "number is none"),
         (BODY.replace(b"0000000500000000init", b"0000ffff00000000init", 1), "impossible length"),
     ],
 )
