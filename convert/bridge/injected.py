@@ -96,7 +96,7 @@ def read_record(tree: Tree) -> tuple[dict[bytes, str], set[bytes]]:
         try:
             fields = json.loads(line)
             path = base64.b64decode(fields["path"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
         found = fields.get("fingerprint")
         if isinstance(found, str):

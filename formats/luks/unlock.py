@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import json
 from dataclasses import dataclass
@@ -57,7 +56,7 @@ def unlock(source: ByteSource, passphrase: bytes | None) -> Volume:
         )
     try:
         return _version1(source, passphrase) if version == 1 else _version2(source, passphrase)
-    except (KeyError, TypeError, ValueError, AttributeError, binascii.Error, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError) as error:
         raise _fault(source, f"the LUKS header makes no sense: {error!r}", 0) from error
 
 

@@ -1,5 +1,6 @@
 """LUKS volumes and encrypted qcow2, made by qemu-img and cryptsetup."""
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,11 @@ from clikit import dm
 
 import diskmorph
 from diskmorph.formats.errors import FormatError, PolicyError, UnsupportedError
+from diskmorph.formats.luks import schema
 from diskmorph.formats.luks.cipher import SectorCipher
+from diskmorph.formats.luks.unlock import unlock
 from diskmorph.formats.policy import Parents
+from diskmorph.formats.source import BytesSource
 
 import testkit
 from testkit import MIB, data
@@ -100,6 +104,24 @@ def test_luks2_headers_by_cryptsetup(kdf: str, sector: int):
     Path("bent").write_bytes(bent)
     with pytest.raises(FormatError, match="checksum"):
         diskmorph.open_disk("bent", format="luks", parents=Parents(passphrase=b"open sesame"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"[" * 200_000, b'{"segments": {"0": {"type": "crypt", "sector_size": 1e999}}}'],
+    ids=["nested", "infinite"],
+)
+def test_json_that_makes_no_sense_is_refused(text: bytes):
+    size = 4096 + (1 << 18)
+    fields = {"magic": schema.MAGIC, "version": 2, "size": size, "sequence": 0, "offset": 0}
+    fields["checksum_name"] = b"sha256".ljust(32, b"\0")
+    widths = {"label": 48, "salt": 64, "uuid": 40, "subsystem": 48, "padding": 184, "checksum": 64}
+    head = schema.HEADER2.build(fields | {name: bytes(width) for name, width in widths.items()})
+    raw = bytearray((head.ljust(4096, b"\0") + text).ljust(size, b"\0"))
+    at = schema.HEADER2.sizeof() - 64
+    raw[at : at + 32] = hashlib.sha256(raw).digest()
+    with pytest.raises(FormatError, match="makes no sense"):
+        unlock(BytesSource(bytes(raw), "v.luks"), b"x")
 
 
 def test_what_is_refused():
