@@ -59,4 +59,7 @@ def _decoded(platform: bytes, raw: bytes) -> str:
     if platform != MAC_URL:
         return raw.decode("utf-16-le", "replace").split("\0")[0]
     url = raw.decode("utf-8", "replace").split("\0")[0]
-    return unquote(urlsplit(url).path) if url.startswith("file:") else url
+    try:
+        return unquote(urlsplit(url).path) if url.startswith("file:") else url
+    except ValueError:  # "file://[x": no address, and so no name of a file
+        return ""

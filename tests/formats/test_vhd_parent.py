@@ -64,6 +64,7 @@ def wide(text: str) -> bytes:
         ([(ABSOLUTE, wide("\\\\server\\vm\\b.vhd"))], "c.vhd", ("c.vhd", "b.vhd")),
         ([(ABSOLUTE, wide("/srv/b.vhd")), (RELATIVE, wide("a.vhd"))], "", ("a.vhd", "/srv/b.vhd")),
         ([(MAC, b"file://localhost/vm/b%20c.vhd\0")], "x.vhd", ("x.vhd", "/vm/b c.vhd")),
+        ([(MAC, b"file://[x")], "x.vhd", ("x.vhd",)),
         ([(b"Wi2r", b"old.vhd"), (b"Mac ", b"\1\2")], "x.vhd", ("x.vhd",)),
         ([], "C:\\vm\\b.vhd", ("b.vhd",)),
         ([(RELATIVE, wide("\u00e4 \u4e2d.vhd\0\0"))], "", ("\u00e4 \u4e2d.vhd",)),
