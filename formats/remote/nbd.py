@@ -30,7 +30,11 @@ _PIECE = 4 << 20
 
 def address(url: str) -> tuple[Any, str]:
     """Return (socket address, export name) of an NBD URL. Raises OptionError."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+        port = parts.port or wire.DEFAULT_PORT
+    except ValueError as error:
+        raise OptionError(f"{url} is no address: {error}", hint="write nbd://HOST:PORT/EXPORT") from error
     export = unquote(parts.path.removeprefix("/"))
     if parts.scheme == "nbd+unix":
         path = parse_qs(parts.query).get("socket", [""])[0]
@@ -39,7 +43,7 @@ def address(url: str) -> tuple[Any, str]:
         return path, export
     if not parts.hostname:
         raise OptionError(f"{url} names no host", hint="write nbd://HOST:PORT/EXPORT")
-    return (parts.hostname, parts.port or wire.DEFAULT_PORT), export
+    return (parts.hostname, port), export
 
 
 class Connection:

@@ -107,7 +107,7 @@ def test_our_client_reads_other_servers(tmp_path, peer):
 def test_urls():
     assert address("nbd://host/a%20b") == (("host", 10809), "a b")
     assert address("nbd+unix:///x?socket=/tmp/s") == ("/tmp/s", "x")
-    for bad in ("nbd+unix:///x", "nbd:///x"):
+    for bad in ("nbd+unix:///x", "nbd:///x", "nbd://[x/", "nbd://host:\u00b2/", "nbd://host:99999/"):
         with pytest.raises(OptionError):
             address(bad)
     with pytest.raises(SourceError, match="cannot be reached"):
