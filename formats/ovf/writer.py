@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from diskmorph.formats.errors import TargetError
 from diskmorph.formats.machine import EFI, SATA
 from diskmorph.formats.ovf import model as m
 from diskmorph.formats.ovf.systems import OTHER_64, cim_number, vmware_word
@@ -46,7 +47,10 @@ class WrittenDisk:
 
 
 def build_envelope(machine: Machine, disks: Sequence[WrittenDisk]) -> bytes:
-    """Return the descriptor of one machine; its `disks` say where each hangs, `disks` here which file it is."""
+    """Return the descriptor of one machine; its `disks` say where each hangs, `disks` here which file it is.
+
+    Raises TargetError for names that are not UTF-8.
+    """
     lines = [
         '<?xml version="1.0" encoding="UTF-8"?>',
         f"<Envelope {_NAMESPACES}>",
@@ -57,7 +61,11 @@ def build_envelope(machine: Machine, disks: Sequence[WrittenDisk]) -> bytes:
         "</Envelope>",
         "",
     ]
-    return "\n".join(lines).encode()
+    try:
+        return "\n".join(lines).encode()
+    except UnicodeEncodeError as error:
+        found = error.object[max(error.start - 20, 0) : error.end + 20]
+        raise TargetError("a name that is not UTF-8 cannot stand in an OVF descriptor", found=found) from None
 
 
 def envelope_room(machine: Machine, disks: Sequence[WrittenDisk]) -> int:

@@ -28,7 +28,8 @@ def parent_patches(source: ByteSource, parent: NewParent) -> list[Patch]:
     """Return what makes `parent` the image's parent: locators first, then the header that points to them.
 
     Locators that do not fit where the old ones are go where the footer was, which moves behind them; its copy at the
-    beginning holds meanwhile. Raises OptionError (it is no VHD), UnsupportedError (a footer of 511 bytes).
+    beginning holds meanwhile. Raises OptionError (it is no VHD, or its name no Unicode), UnsupportedError (a footer
+    of 511 bytes).
     """
     if parent.format != "vhd" or "uuid" not in parent.identity:
         raise OptionError(f"a VHD's parent must be a VHD, not {parent.format}")
@@ -39,7 +40,7 @@ def parent_patches(source: ByteSource, parent: NewParent) -> list[Patch]:
     old = HEADER.parse(source.read(at, HEADER_SIZE))
     patches, locators = _locators(source, old, parent)
     fields = {key: value for key, value in old.items() if not key.startswith("_")}
-    name = parent.name.rsplit("/", 1)[-1].encode("utf-16-be", "surrogatepass")
+    name = parent.unicode_name().rsplit("/", 1)[-1].encode("utf-16-be")
     fields |= {
         "parent_uuid": uuid.UUID(parent.identity["uuid"]),
         "parent_timestamp": int(parent.identity.get("timestamp", 0)),

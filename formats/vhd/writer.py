@@ -266,7 +266,7 @@ class DifferencingAllocator(DynamicAllocator):
         return made
 
     def _locator_data(self) -> list[tuple[bytes, bytes]]:
-        name, path = self._parent.name, self._parent.path
+        name, path = self._parent.unicode_name(), self._parent.path
         found = []
         if not name.startswith("/"):
             found.append((WINDOWS_RELATIVE, _windows(name if name.startswith("../") else f"./{name}")))
@@ -277,7 +277,7 @@ class DifferencingAllocator(DynamicAllocator):
         return found
 
     def _header(self) -> dict[str, Any]:
-        name = self._parent.name.rsplit("/", 1)[-1].encode("utf-16-be", "surrogatepass")
+        name = self._parent.unicode_name().rsplit("/", 1)[-1].encode("utf-16-be")
         return super()._header() | {
             "parent_uuid": uuid.UUID(self._parent.identity["uuid"]),
             "parent_timestamp": int(self._parent.identity.get("timestamp", 0)),

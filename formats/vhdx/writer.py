@@ -369,14 +369,14 @@ def default_block_size(size: int) -> int:
 
 
 def parent_locator(parent: NewParent) -> bytes:
-    """Return the item that names the parent (2.6.2.6). Raises OptionError unless it is a VHDX file."""
+    """Return the item that names the parent (2.6.2.6). Raises OptionError: it is no VHDX, or its name no Unicode."""
     guid = parent.identity.get("data write guid")
     if parent.format != "vhdx" or guid is None:
         raise OptionError(
             f"the parent of a VHDX file must be VHDX, not {parent.format}",
             hint="convert the parent first, or write the overlay as qcow2",
         )
-    path = PurePosixPath(parent.name)
+    path = PurePosixPath(parent.unicode_name())
     windows = str(path).replace("/", "\\")
     key = "absolute_win32_path" if path.is_absolute() else "relative_path"
     value = windows if path.is_absolute() or windows.startswith("..") else f".\\{windows}"

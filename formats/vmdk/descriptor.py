@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from diskmorph.formats.errors import FormatError, UnsupportedError
+from diskmorph.formats.errors import FormatError, TargetError, UnsupportedError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -191,7 +191,7 @@ class NewDescriptor:
     thin: bool = False
 
     def text(self) -> bytes:
-        """Return the descriptor as VMware writes it."""
+        """Return the descriptor as VMware writes it. Raises TargetError for file names that are not UTF-8."""
         cylinders, heads, track = geometry(self.sectors, self.adapter_type)
         hexes = [f"{byte:02x}" for byte in self.uuid]
         hint = [] if self.parent_hint is None else [f'parentFileNameHint="{self.parent_hint}"']
@@ -225,7 +225,16 @@ class NewDescriptor:
             *(f'ddb.{key} = "{value}"' for key, value in ddb.items()),
             "",
         ]
-        return "\n".join(lines).encode("utf-8")
+        try:
+            return "\n".join(lines).encode("utf-8")
+        except UnicodeEncodeError as error:
+            name = next(line for line in lines if error.object[error.start] in line)
+            raise TargetError(
+                "a name that is not UTF-8 cannot stand in a VMDK descriptor",
+                format="vmdk",
+                found=name,
+                hint="rename it",
+            ) from None
 
 
 def geometry(sectors: int, adapter_type: str) -> tuple[int, int, int]:
