@@ -37,6 +37,7 @@ _DEVICES = {
     "vmfsrawdevicemap": "vmfsRawDeviceMap",
     "vmfspassthroughrawdevicemap": "vmfsPassthroughRawDeviceMap",
 }
+_MOST_BYTES = (1 << 63) - 1
 _FLAT = frozenset({"FLAT", "VMFS"})
 _SPARSE = frozenset({"SPARSE", "VMFSSPARSE", "SESPARSE"})
 
@@ -337,6 +338,16 @@ def _disk(
     files: Sequence[ByteSource], parts: Sequence[tuple[Extent, int]], found: Descriptor | None, notes: list[str]
 ) -> VmdkDisk:
     total = sum(extent.size for extent, _ in parts)
+    if total > _MOST_BYTES:
+        raise FormatError(
+            "is too large: its extents' sizes pass what can be addressed",
+            file=files[0].name,
+            format="vmdk",
+            structure="descriptor",
+            field="extents",
+            expected=f"at most {_MOST_BYTES} bytes",
+            found=total,
+        )
     warnings = list(notes)
     for extent, number in parts:
         prefix = f"{files[number].name}: " if number else ""

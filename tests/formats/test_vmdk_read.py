@@ -115,6 +115,11 @@ class TestDescriptor:
         assert [(e.kind, e.sectors, e.name, e.offset) for e in found.extents] == [("VMFS", 100, "a b-flat.vmdk", 0)]
         assert found.values["ddb.geometry.heads"] == "255"
 
+    def test_extents_that_are_too_large_together_are_refused(self, tmp_path):
+        path = put(tmp_path / "d.vmdk", vmdkmade.words([f"RW {1 << 52} ZERO"] * 9).encode())
+        assert refusal(path).field == "extents"
+        assert bytes_of(put(path, vmdkmade.words(["RW 1 ZERO"] * 9).encode())) == bytes(9 * 512)
+
     def test_what_follows_a_nul_is_ignored(self):
         assert len(self.parsed(b"RW 1 ZERO\n\0RW 2 ZERO\n").extents) == 1
 
