@@ -19,7 +19,7 @@ from diskmorph.formats.rows import copied, either, joined
 from diskmorph.formats.source import ByteSource, BytesSource, WindowSource
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -131,6 +131,10 @@ class DiskSource(ByteSource):
             return _SliceSource(DiskSource.of(disk.disk), disk.offset, disk.size, disk.name)
         plain = disk.format == "raw" and len(disk.files) == 1 and disk.files[0].size == disk.size
         return disk.files[0] if plain else DiskSource(disk)
+
+    def origins(self) -> Mapping[tuple[int, int], str]:
+        """See ByteSource."""
+        return {key: name for source in self._disk.files for key, name in source.origins().items()}
 
     def pread(self, offset: int, buffer: memoryview) -> int:
         """See ByteSource."""

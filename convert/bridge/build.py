@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from diskmorph.convert.bridge.facts import architecture, seed_of
 from diskmorph.convert.bridge.options import BuildOptions
 from diskmorph.convert.bridge.outputs import fetching
+from diskmorph.convert.bridge.own import refuse_sources
 from diskmorph.convert.bridge.parts import MIB, ROOT_TYPES, Part, compose, room_for_last, size_of
 from diskmorph.convert.job import convert
 from diskmorph.convert.targets import applied, padded
@@ -75,6 +77,7 @@ def build(
         return build_layers(source, target, options, on_progress)
     tree = source if isinstance(source, Tree) else _open(source, options, on_progress)
     try:
+        refuse_sources([Path(target)], [tree.name], tree)
         composed = composed_of(tree, options)
         plain = replace(options.convert, source_format=None)
         report = convert(composed.disk, target, options=plain, on_progress=on_progress)

@@ -13,6 +13,7 @@ from diskmorph.convert.bridge.extract import opened_tree
 from diskmorph.convert.bridge.injected import read_record
 from diskmorph.convert.bridge.options import CommitOptions
 from diskmorph.convert.bridge.outputs import LAYER_TAR, Output, fetching, parse_output, write_image
+from diskmorph.convert.bridge.own import refuse_sources
 from diskmorph.convert.bridge.pseudo import drop_pseudo
 from diskmorph.formats.allocator import Identity
 from diskmorph.formats.errors import OptionError
@@ -51,6 +52,8 @@ def commit(
     with _open_base(options, on_progress) as base:
         tree = source if isinstance(source, Tree) else opened_tree(source, options.extract, on_progress)
         try:
+            if output.kind != "docker":
+                refuse_sources([output.path], [base.name, tree.name], tree)
             layer = _changed_entries(base, tree)
             report = _write(base, tree, layer, output, options, on_progress)
         finally:

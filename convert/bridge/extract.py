@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from diskmorph.convert.bridge.config import new_config
 from diskmorph.convert.bridge.options import ExtractOptions
 from diskmorph.convert.bridge.outputs import LAYER_TAR, Output, fetching, parse_output, write_image, write_tree
+from diskmorph.convert.bridge.own import refuse_sources
 from diskmorph.convert.bridge.pseudo import drop_pseudo, strip_boot
 from diskmorph.convert.source_trees import open_source_tree
 from diskmorph.formats.allocator import Identity
@@ -42,6 +43,8 @@ def extract(
     output = parse_output(os.fspath(target), options.convert.target_format)
     tree = source if isinstance(source, Tree) else opened_tree(source, options, on_progress)
     try:
+        if output.kind != "docker":
+            refuse_sources([output.path], [tree.name], tree)
         drop_pseudo(tree)
         if options.strip_boot:
             strip_boot(tree)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from diskmorph.convert.bridge.build import Boot, Chance, counted, prepare, root_part
 from diskmorph.convert.bridge.facts import architecture
 from diskmorph.convert.bridge.outputs import fetching
+from diskmorph.convert.bridge.own import refuse_sources
 from diskmorph.convert.bridge.parts import ROOT_TYPES, compose, size_of
 from diskmorph.convert.job import convert
 from diskmorph.convert.plan import target_format
@@ -50,6 +51,7 @@ def build_layers(
     image = _open(source, options, on_progress)
     try:
         tree, disks, notes, lost = _disks(image, options)
+        refuse_sources(_names(Path(target), len(disks)), [image.name], tree)
         report = _write_chain(disks, Path(target), options, on_progress)
     finally:
         image.close()
@@ -112,6 +114,10 @@ def _disks(image: Image, options: BuildOptions) -> tuple[Tree, list[Callable[[],
     return tree, [maker(state) for state in states], boot.notes, counted(writer.lost)
 
 
+def _names(target: Path, count: int) -> list[Path]:
+    return [*(target.with_name(f"{target.stem}.{number}{target.suffix}") for number in range(count - 1)), target]
+
+
 def _write_chain(
     disks: list[Callable[[], Disk]],
     target: Path,
@@ -119,8 +125,7 @@ def _write_chain(
     on_progress: Callable[[Progress], None] | None,
 ) -> ConvertReport:
     entry = target_format(str(target), applied(options.convert)[0])
-    names = [target.with_name(f"{target.stem}.{number}{target.suffix}") for number in range(len(disks) - 1)]
-    names.append(target)
+    names = _names(target, len(disks))
     if not options.convert.force:
         for name in names:
             if name.exists() or name.is_symlink():
