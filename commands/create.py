@@ -35,13 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-u", action=Refused, nargs=0, instead="the base is always read, for its size and identity")
     add_parents(parser.add_argument_group("base"))
     add_target(parser)
-    add_output(parser, progress=False)
+    add_output(parser)
 
 
 def run(args: argparse.Namespace, out: Output) -> int:
     """See diskmorph.commands."""
     import diskmorph
     from diskmorph.commands.convert import print_report
+    from diskmorph.commands.progress import progress
     from diskmorph.convert.options import ConvertOptions
     from diskmorph.formats.errors import OptionError
 
@@ -58,6 +59,8 @@ def run(args: argparse.Namespace, out: Output) -> int:
         dry_run=args.dry_run,
         parents=parents_of(args),
     )
-    report = diskmorph.create(args.target, size_of(args.size, "SIZE"), options=options)
+    size = size_of(args.size, "SIZE")
+    with progress(out, "creating") as tell:
+        report = diskmorph.create(args.target, size, options=options, on_progress=tell)
     print_report(report, out, dry=args.dry_run)
     return 0

@@ -27,14 +27,18 @@ EXAMPLES = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """See diskmorph.commands."""
     parser.add_argument("image", metavar="IMG", help="the image")
-    parser.add_argument("size", metavar="SIZE", help="the new virtual size; +SIZE and -SIZE are relative")
+    parser.add_argument(
+        "size",
+        metavar="SIZE",
+        help="the new virtual size: bytes, or 10G, 1.5T, ...; +SIZE makes it so much larger, -SIZE smaller",
+    )
     parser.add_argument("-o", dest="target", metavar="DST", help="write to another file")
     parser.add_argument("-O", dest="target_format", metavar="FMT", help="DST's format (default: the same)")
     parser.add_argument("--options", action="append", default=[], metavar="K=V,...", help="DST's format options")
     parser.add_argument("--shrink", action="store_true", help="allow a smaller size")
     add_source(parser)
     add_target(parser, rewrites=True)
-    add_output(parser, progress=False)
+    add_output(parser)
     # -10G is a size here: argparse takes words that look like numbers for arguments where no option does.
     parser._negative_number_matcher = re.compile(r"^-[0-9]")  # noqa: SLF001 - it has no public name
 
@@ -43,6 +47,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     """See diskmorph.commands."""
     import diskmorph
     from diskmorph.commands.convert import print_report
+    from diskmorph.commands.progress import progress
     from diskmorph.convert.options import ConvertOptions
 
     options = ConvertOptions(
@@ -56,7 +61,10 @@ def run(args: argparse.Namespace, out: Output) -> int:
         parents=parents_of(args),
     )
     size = _wanted_size(args)
-    report = diskmorph.resize(args.image, size, shrink=args.shrink, output=args.target, options=options)
+    with progress(out, "resizing") as tell:
+        report = diskmorph.resize(
+            args.image, size, shrink=args.shrink, output=args.target, options=options, on_progress=tell
+        )
     print_report(report, out, dry=args.dry_run)
     return 0
 
@@ -69,7 +77,7 @@ def _wanted_size(args: argparse.Namespace) -> int:
 
     sign = args.size[:1] if args.size[:1] in {"+", "-"} else ""
     amount = parse_size(args.size.removeprefix(sign), "SIZE")
-    if not sign:
+    if not sign or args.image == "-":  # which resize refuses
         return amount
     with open_disk(args.image, format=args.format, parents=parents_of(args)) as disk:
         size = disk.size + amount if sign == "+" else disk.size - amount

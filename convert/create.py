@@ -10,18 +10,25 @@ from typing import TYPE_CHECKING
 from diskmorph.convert.job import perform, refuse_own_files
 from diskmorph.convert.opening import Opened, open_source
 from diskmorph.convert.options import ConvertOptions, ConvertReport
-from diskmorph.convert.plan import Plan, losses, make_plan, require_zero
+from diskmorph.convert.plan import STDOUT, Plan, losses, make_plan, require_zero
 from diskmorph.convert.variants import Variant, lost_by_plan, lost_room, variant_of
 from diskmorph.formats.errors import OptionError, TargetError, UnsupportedError
 from diskmorph.formats.extents import ABSENT, HOLE
 from diskmorph.formats.views import Slice, Zero, grown
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from diskmorph.convert.options import Progress
     from diskmorph.formats.disk import Disk
 
 
 def create(
-    target: str | os.PathLike[str], size: int | None = None, *, options: ConvertOptions | None = None
+    target: str | os.PathLike[str],
+    size: int | None = None,
+    *,
+    options: ConvertOptions | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
 ) -> ConvertReport:
     """Write an empty image of `size` bytes; with `options.base` an overlay that holds nothing yet.
 
@@ -36,7 +43,7 @@ def create(
     empty.name = "nothing"
     with make_plan(empty, target, options) as plan:
         refuse_own_files(plan)
-        return perform(plan, differences=False)
+        return perform(plan, on_progress, differences=False)
 
 
 def _size_of(options: ConvertOptions) -> int:
@@ -53,6 +60,7 @@ def resize(
     shrink: bool = False,
     output: str | os.PathLike[str] | None = None,
     options: ConvertOptions | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
 ) -> ConvertReport:
     """Give an image another size: into `output`, or rewritten and put in its own place.
 
@@ -61,6 +69,10 @@ def resize(
     UnsupportedError (an overlay, or something that rewriting loses, without `output`), and what `convert` raises.
     """
     options = options or ConvertOptions()
+    if os.fspath(path) == STDOUT:
+        raise OptionError(
+            "standard input cannot be resized", hint="`convert --size SIZE - DST` takes it"
+        )
     with open_source(
         path, format=options.source_format, parents=options.parents, limits=options.limits, snapshot=options.snapshot
     ) as opened:
@@ -74,9 +86,9 @@ def resize(
                 refuse_own_files(plan)
             _tell_losses(opened, plan)
             if variant is None:
-                return replace(perform(plan), source=opened.name)
+                return replace(perform(plan, on_progress), source=opened.name)
             lost = lost_by_plan(opened, variant, plan, options.format_options)
-            report = perform(plan)
+            report = perform(plan, on_progress)
             lost += lost_room(variant, report, opened.disk.size)
             return replace(report, source=opened.name, lost=(*report.lost, *lost))
 

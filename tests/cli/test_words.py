@@ -1,5 +1,6 @@
 """Words shared by verbs, qemu-img's words, progress on a terminal."""
 
+import json
 import os
 import pty
 import re
@@ -236,3 +237,22 @@ def test_sizes_of_resize_may_be_relative(disk: Path) -> None:
     for size in ("++1M", "+-1M", "+ 1M", "-", "+", "-9M"):
         assert dm("resize", "b.qcow2", size).status == 2
     assert "+SIZE" in dm("resize", "--help").out
+
+
+def test_create_and_resize_tell_their_progress(disk: Path) -> None:
+    del disk
+    told = dm("create", "--progress", "json", "b.qcow2", "6M").ok().err
+    assert [json.loads(line)["total"] for line in told.splitlines()][-1] == 6 * MIB
+    told = dm("resize", "--progress", "json", "disk.raw", "8M").ok().err
+    rows = [json.loads(line) for line in told.splitlines() if "phase" in line]
+    assert (rows[-1]["done"], rows[-1]["total"]) == (8 * MIB, 8 * MIB)
+    dm("resize", "-p", "disk.raw", "9M").ok()
+
+
+@pytest.mark.parametrize("size", ["1K", "+1K"])
+def test_a_pipe_is_not_resized(size: str, disk: Path) -> None:
+    with disk.open("rb") as file:
+        done = subprocess.run([*COMMAND, "resize", "-", size], stdin=file, capture_output=True, check=False)
+    assert done.returncode == 2
+    assert not done.stdout
+    assert b"convert --size" in done.stderr
