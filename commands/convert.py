@@ -231,15 +231,16 @@ def _print_options(args: argparse.Namespace, out: Output) -> int:
 
 def print_report(report: ConvertReport, out: Output, *, dry: bool) -> None:
     """Print what a conversion did, or would do: notes and losses on standard error, the rest as a result."""
-    for note in report.notes:
+    every = (report, *report.also)
+    for note in dict.fromkeys(note for one in every for note in one.notes):
         out.note(note)
-    for loss in report.lost:
+    for loss in dict.fromkeys(loss for one in every for loss in one.lost):
         out.note(f"{'would be lost' if dry else 'lost'}: {loss}")
     if report.target == "-":
         return
     out.report(
         report.as_dict(),
-        [line for one in (report, *report.also) for line in _report_lines(one, out, dry=dry)],
+        [line for one in every for line in _report_lines(one, out, dry=dry)],
     )
 
 

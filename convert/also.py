@@ -7,22 +7,27 @@ once. Each appears whole or not at all; a failure leaves those that are complete
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diskmorph.convert.opening import Opened, open_source
 from diskmorph.convert.options import ConvertOptions, ConvertReport
+from diskmorph.convert.plan import make_plan, target_format
+from diskmorph.convert.targets import applied
 from diskmorph.formats.disk import Disk
-from diskmorph.formats.errors import DiskmorphError, OptionError
+from diskmorph.formats.errors import DiskmorphError, OptionError, TargetError
 from diskmorph.formats.policy import Parents
 from diskmorph.formats.remote import is_url
+from diskmorph.formats.tree_names import split_prefix
 from diskmorph.formats.views import Zero
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from diskmorph.convert.options import Progress
+    from diskmorph.convert.routes import Converter
+    from diskmorph.formats.probe import Format
 
 
 def convert_also(
@@ -34,42 +39,155 @@ def convert_also(
 ) -> ConvertReport:
     """Convert, then write `options.also`, whose formats their suffixes say; their reports are `ConvertReport.also`.
 
-    Raises OptionError (the first target cannot be read again), and what `convert` raises.
+    Further targets of the first one's format take its options and compression too; others say in their notes what they
+    do not take. All are looked at before anything is written. Raises OptionError (the first target cannot be read
+    again), and what `convert` raises.
     """
     from diskmorph.convert.routes import converter  # noqa: PLC0415 - which takes this module
 
     options = options or ConvertOptions()
-    if os.fspath(target) == "-" or options.device or options.dry_run:
+    if os.fspath(target) == "-" or options.device:
         raise OptionError("--also reads the first target again: it must be a file that is written")
     names = [os.path.realpath(name) for name in (target, *options.also)]
     if len(set(names)) < len(names):
         raise OptionError("--also needs a name of its own for every target")
     _refuse_sources([source] if isinstance(source, str | os.PathLike | Disk) else source, options)
     first = replace(options, also=())
+    further = [_further(source, target, name, first) for name in options.also]
     report = converter(source, target, first)(source, target, options=first, on_progress=on_progress)
-    again = ConvertOptions(
-        size=None,
-        zero_unit=options.zero_unit,
-        digest=options.digest,
-        verify=options.verify,
-        reproducible=options.reproducible,
-        sync=options.sync,
-        force=options.force,
-        threads=options.threads,
-        rate=options.rate,
-        limits=options.limits,
-        parents=Parents((*options.parents.allow, Path(target).parent), _backing(options)),
-    )
     others: list[ConvertReport] = []
-    for name in options.also:
+    for one in further:
         try:
-            convert = converter(target, name, again)
-            others.append(convert(target, name, options=again, on_progress=on_progress))
+            other = one.convert(one.source, one.name, options=one.options, on_progress=on_progress)
         except DiskmorphError as error:
-            error.hint = f"{error.hint}; " if error.hint else ""
-            error.hint += f"{os.fspath(target)} is complete"
+            if not options.dry_run:
+                error.hint = f"{error.hint}; " if error.hint else ""
+                error.hint += f"{os.fspath(target)} is complete"
             raise
+        others.append(replace(other, notes=(*one.notes, *other.notes)))
     return replace(report, also=tuple(others))
+
+
+@dataclass(frozen=True, slots=True)
+class _Further:
+    """A further target: what it is made from and by, and what is said of it."""
+
+    source: str | os.PathLike[str] | Disk | Sequence[str | os.PathLike[str] | Disk]
+    name: str
+    convert: Converter
+    options: ConvertOptions
+    notes: tuple[str, ...]
+
+
+def _further(
+    source: str | os.PathLike[str] | Disk | Sequence[str | os.PathLike[str] | Disk],
+    target: str | os.PathLike[str],
+    name: str,
+    first: ConvertOptions,
+) -> _Further:
+    """Decide how a further target is made. Raises OptionError and TargetError for one that cannot be."""
+    from diskmorph.convert.job import convert as convert_disk  # noqa: PLC0415 - routes are chosen without it
+    from diskmorph.convert.routes import converter  # noqa: PLC0415
+
+    same = _is_of_one_format(target, name, first)
+    again = _again(target, first, same=same)
+    if first.dry_run:
+        again = _foretold(source, again, first)
+    else:
+        plain = converter(source, target, first) is convert_disk
+        again = replace(again, source_format=_format(target, first).name if plain else None)
+    _require_free(Path(name), again)
+    made_from = source if first.dry_run else target
+    convert = converter(made_from, name, again)
+    if convert is convert_disk:
+        entry = _format(name, again)
+        if isinstance(source, str | os.PathLike | Disk):
+            _require_possible(source, name, replace(again, target_format=entry.name), first)
+    return _Further(made_from, name, convert, again, _notes(name, first, same=same))
+
+
+def _is_of_one_format(target: str | os.PathLike[str], name: str, first: ConvertOptions) -> bool:
+    """Say whether a further target has the first one's format, for which its options were said."""
+    try:
+        return target_format(name, ConvertOptions()) is _format(target, first)
+    except OptionError:
+        return False
+
+
+def _format(target: str | os.PathLike[str], options: ConvertOptions) -> Format:
+    name = os.fspath(target)
+    return target_format(name, applied(options, name)[0])
+
+
+def _again(target: str | os.PathLike[str], first: ConvertOptions, *, same: bool) -> ConvertOptions:
+    """Return the options of a further target, which is made from the first."""
+    opens = first.target_passphrase or first.parents.passphrase
+    return ConvertOptions(
+        format_options=first.format_options if same else {},
+        compress=first.compress if same else None,
+        profile=first.profile if same else None,
+        target_passphrase=opens,
+        zero_unit=first.zero_unit,
+        digest=first.digest,
+        verify=first.verify,
+        reproducible=first.reproducible,
+        sync=first.sync,
+        force=first.force,
+        dry_run=first.dry_run,
+        threads=first.threads,
+        rate=first.rate,
+        limits=first.limits,
+        parents=Parents((*first.parents.allow, Path(target).parent), _backing(first), passphrase=opens),
+    )
+
+
+def _foretold(source: object, again: ConvertOptions, first: ConvertOptions) -> ConvertOptions:
+    """Return the options of a further target of a dry run, which is foretold from the source: there is nothing else."""
+    if source == "-":
+        raise OptionError("--dry-run with --also reads the source again, which standard input does not allow")
+    return _of_source(again, first)
+
+
+def _of_source(again: ConvertOptions, first: ConvertOptions) -> ConvertOptions:
+    return replace(
+        again,
+        source_format=first.source_format,
+        snapshot=first.snapshot,
+        disk=first.disk,
+        size=first.size,
+        parents=first.parents,
+    )
+
+
+def _require_free(path: Path, options: ConvertOptions) -> None:
+    """Raise TargetError for a name that exists, or whose folder does not."""
+    if is_url(str(path)) or path.is_dir():
+        return
+    if os.path.lexists(path) and not options.force:
+        raise TargetError("exists already", file=str(path), hint="replace it with --force")
+    folder = split_prefix(str(path))[1]
+    if not Path(folder).absolute().parent.is_dir():
+        raise TargetError("its folder does not exist", file=str(path), hint="make it first")
+
+
+def _require_possible(
+    source: str | os.PathLike[str] | Disk, name: str, again: ConvertOptions, first: ConvertOptions
+) -> None:
+    """Plan a further target, so that what it cannot hold shows before anything is written."""
+    if isinstance(source, str) and (source == "-" or is_url(source)):  # read once
+        return
+    with make_plan(source, name, replace(_of_source(again, first), reproducible=False, dry_run=True)):
+        pass
+
+
+def _notes(name: str, first: ConvertOptions, *, same: bool) -> tuple[str, ...]:
+    """Return what was asked of the first target and does not go for this one."""
+    words = {"-c": first.compress, "-o": first.format_options, "--for": first.profile}
+    said = [] if same else [word for word, value in words.items() if value]
+    notes = [f"{name} is of another format: {', '.join(said)} is for the first target"] if said else []
+    if first.base is not None:
+        notes.append(f"{name} is no overlay: -B is for the first target")
+    return tuple(notes)
 
 
 def _refuse_sources(sources: Sequence[str | os.PathLike[str] | Disk], options: ConvertOptions) -> None:
