@@ -115,11 +115,22 @@ def _refuse_archive(source: ByteSource) -> None:
 
 
 def open_layer(source: ByteSource, entry: Format, context: OpenContext) -> ImageDisk:
-    """Open one image file without its parent."""
+    """Open one image file without its parent. Raises FormatError for a disk larger than the limits allow."""
     try:
-        return load(entry).open_image(source, context)
+        layer = load(entry).open_image(source, context)
     except DiskmorphError as error:
         raise error.located(file=source.name, format=entry.name) from error.__cause__
+    if layer.size <= context.limits.virtual_size:
+        return layer
+    layer.close()
+    raise FormatError(
+        "its disk is larger than the limit virtual_size",
+        file=source.name,
+        format=entry.name,
+        field="virtual size",
+        expected=f"at most {context.limits.virtual_size} bytes",
+        found=layer.size,
+    )
 
 
 def open_chain(source: ByteSource, entry: Format, context: OpenContext) -> Disk:

@@ -143,7 +143,11 @@ def patch(path: Path, offset: int, piece: bytes) -> None:
         file.write(piece)
 
 
-HUGE = [huge_vdi, huge_qcow2, huge_snapshots, huge_vmdk, huge_vhdx, sparse_tables]
+def huge_zeroes(folder: Path) -> Path:
+    return vmdkmade.descriptor(folder / "a.vmdk", ["RW 4503599627370496 ZERO"], "custom")
+
+
+HUGE = [huge_zeroes, huge_vdi, huge_qcow2, huge_snapshots, huge_vmdk, huge_vhdx, sparse_tables]
 VERBS = ["check", pytest.param("info", marks=pytest.mark.slow), pytest.param("map", marks=pytest.mark.slow)]
 
 
@@ -159,6 +163,15 @@ def test_huge_claims_cost_little(make: Callable[[Path], Path], verb: str, tmp_pa
     assert time.monotonic() - begun < 20
 
 
+@pytest.mark.parametrize("words", [("convert", "-O", "raw"), ("measure", "-O", "raw"), ("digest",)])
+def test_a_disk_beyond_every_real_one_is_refused(words: tuple[str, ...], tmp_path: Path) -> None:
+    target = [tmp_path / "out.raw"] if words[0] == "convert" else []
+    status, text, peak = peak_of(*words, huge_zeroes(tmp_path), *target, cwd=tmp_path)
+    assert status == 1
+    assert "virtual_size" in text
+    assert peak < 128 * MIB
+
+
 def test_the_limits_of_the_documents_are_those_of_the_code() -> None:
     from diskmorph.formats.limits import Limits
 
@@ -166,5 +179,5 @@ def test_the_limits_of_the_documents_are_those_of_the_code() -> None:
     rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+?) \|", text, re.MULTILINE))
     for name, value in rows.items():
         number, _, unit = value.replace(",", "").partition(" ")
-        assert getattr(Limits(), name) == int(number) * {"": 1, "MiB": MIB}[unit], name
+        assert getattr(Limits(), name) == int(number) * {"": 1, "MiB": MIB, "PiB": 1 << 50}[unit], name
     assert set(rows) == set(Limits.__slots__)
