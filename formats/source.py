@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from diskmorph.formats.errors import FormatError, IntegrityError, PolicyError, SourceError
-from diskmorph.formats.locking import locked_by_writer
 from diskmorph.formats.limits import Limits
+from diskmorph.formats.locking import locked_by_writer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -228,6 +228,7 @@ class FilePool:
         self._limit = limit
         self._lock = threading.Lock()
         self._open: OrderedDict[FileSource, tuple[int, int]] = OrderedDict()  # source -> (descriptor, users)
+        self._dropped: dict[int, int] = {}  # descriptors that are lent, though their source is closed -> users
 
     @contextmanager
     def borrow(self, source: FileSource) -> Iterator[int]:
@@ -242,8 +243,17 @@ class FilePool:
             yield fd
         finally:
             with self._lock:
-                fd, users = self._open[source]
-                self._open[source] = (fd, users - 1)
+                self._give_back(source, fd)
+
+    def _give_back(self, source: FileSource, fd: int) -> None:
+        if fd not in self._dropped:
+            _, users = self._open[source]
+            self._open[source] = (fd, users - 1)
+            return
+        self._dropped[fd] -= 1
+        if not self._dropped[fd]:
+            del self._dropped[fd]
+            os.close(fd)
 
     def adopt(self, source: FileSource, fd: int) -> None:
         """Take over a descriptor that was just opened."""
@@ -253,15 +263,17 @@ class FilePool:
             self.origins[source.identity[:2]] = source.name
 
     def drop(self, source: FileSource) -> None:
-        """Close the source's descriptor, if it is open."""
+        """Close the source's descriptor, if it is open; while it is lent, that is left to the last user."""
         with self._lock:
-            fd, _ = self._open.pop(source, (-1, 0))
-        if fd >= 0:
-            os.close(fd)
+            fd, users = self._open.pop(source, (-1, 0))
+            if users:
+                self._dropped[fd] = users
+            elif fd >= 0:
+                os.close(fd)
 
     def __del__(self) -> None:
         """Close what its users forgot to close."""
-        for fd, _ in self.__dict__.get("_open", {}).values():
+        for fd in (*(fd for fd, _ in self.__dict__.get("_open", {}).values()), *self.__dict__.get("_dropped", ())):
             os.close(fd)
 
     def _make_room(self) -> None:
@@ -308,6 +320,8 @@ class FileSource(ByteSource):
         dir_fd: int | None = None,
         follow: bool = True,
     ) -> None:
+        if not os.fspath(path):
+            raise SourceError("the name of a file is empty")
         self._path = Path(path)
         self.name = str(path)
         self._pool = pool or FilePool(4)
