@@ -128,6 +128,21 @@ class Collector:
         return np.column_stack((table, seconds, nanoseconds))
 
 
+def require_holdable(nodes: list[Node], links: NDArray[np.int64]) -> None:
+    """Raise TargetError for new objects that no inode can describe; `links`: how many names each has."""
+    for node, count in zip(nodes, links.tolist(), strict=True):
+        kind = node.mode & 0o170000
+        if kind == stat.S_IFDIR:
+            continue
+        if count > s.MOST_LINKS:
+            raise TargetError("a file has too many names for ext4", expected=f"{s.MOST_LINKS} hard links", found=count)
+        if kind in {stat.S_IFCHR, stat.S_IFBLK} and (node.rdev[0] >= 1 << 12 or node.rdev[1] >= 1 << 20):
+            found = f"{node.rdev[0]}, {node.rdev[1]}"
+            raise TargetError("a device's numbers are too large for ext4", expected="12 and 20 bits", found=found)
+        if kind == stat.S_IFREG and node.size > s.MOST_SIZE:
+            raise TargetError("a file is too large for ext4", expected=f"{s.MOST_SIZE} bytes", found=node.size)
+
+
 def content(nodes: list[Node], first: int, sources: list[ByteSource], index: dict[int, int]) -> NDArray[np.void]:
     """Return the pieces of regular files; `first` is the first node's object number. New sources are appended."""
     rows: list[tuple[int, int, int, int, int]] = []

@@ -205,7 +205,7 @@ def _used(
         np.column_stack((extents["at"], extents["count"])),
         np.column_stack((geometry.blocks_of(begin), count)),
     ]
-    single = [place for owner, place in contents.xattr_places.items() if alive[owner]]
+    single = [contents.xattr_places[owner] for owner in contents.block_xattrs if alive[owner]]
     blocks = np.concatenate((geometry.blocks_of(np.array(single, np.int64)), np.array(table.tree_blocks, np.int64)))
     ranges.append(np.column_stack((blocks, np.ones(len(blocks), np.int64))))
     return np.concatenate(ranges)

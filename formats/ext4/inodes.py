@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 _SECTORS = BLOCK // 512
 _XATTRS_AT = s.INODE_ROW.itemsize
-_FIRST_TIME, _LAST_TIME = -(1 << 31), (1 << 34) - (1 << 31) - 1  # what two bits of epoch reach
-_MOST_LINKS = 65000  # directories with more say 1 (dir_nlink)
 
 
 def inode_numbers(objects: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -97,14 +95,14 @@ def _attributes(contents: Contents, table: InodeTable, rows: NDArray[np.int64]) 
     size = np.where(folders, counts[contents.alive] * BLOCK, size)
     # Every entry counts, a directory's own "." and its children's ".." included.
     links = contents.links[contents.alive]
-    links = np.where(folders & (links > _MOST_LINKS), 1, links)
+    links = np.where(folders & (links > s.MOST_LINKS), 1, links)  # dir_nlink
     fresh = np.zeros(len(rows), s.INODE_ROW)
     fresh["mode"], fresh["links_count"] = mode, links
     fresh["uid_lo"], fresh["uid_hi"] = uid & 0xFFFF, uid >> 16
     fresh["gid_lo"], fresh["gid_hi"] = gid & 0xFFFF, gid >> 16
     fresh["size_lo"], fresh["size_hi"] = size & 0xFFFFFFFF, size >> 32
     fresh["extra_isize"] = s.EXTRA_ISIZE_BYTES
-    seconds = np.clip(seconds, _FIRST_TIME, _LAST_TIME)
+    seconds = np.clip(seconds, s.FIRST_TIME, s.LAST_TIME)
     epoch = (seconds + (1 << 31)) >> 32 & 3
     for name in ("atime", "ctime", "mtime", "crtime"):
         fresh[name] = seconds & 0xFFFFFFFF

@@ -270,6 +270,10 @@ INODE_LARGE = 256  # bytes, as written
 OLD_INODE = 128
 EXTRA_ISIZE_BYTES = INODE_ROW.itemsize - OLD_INODE  # 32
 ROOT_INO, RESIZE_INO, JOURNAL_INO, FIRST_INO = 2, 7, 8, 11
+
+MOST_LINKS = 65000  # names of one inode; directories with more say 1
+MOST_SIZE = ((1 << 32) - 1) * 4096  # bytes of a file of 4 KiB blocks: their numbers in it have 32 bits
+FIRST_TIME, LAST_TIME = -(1 << 31), (1 << 34) - (1 << 31) - 1  # seconds: what two bits of epoch reach
 # flags
 INDEX_FL, EXTENTS_FL, EA_INODE_FL, INLINE_DATA_FL = 0x1000, 0x80000, 0x200000, 0x10000000
 HUGE_FILE_FL, ENCRYPT_FL, VERITY_FL, CASEFOLD_FL = 0x40000, 0x800, 0x100000, 0x40000000

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import stat
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from diskmorph.formats.allocator import Identity
 from diskmorph.formats.errors import TargetError
+from diskmorph.formats.ext4 import schema as s
 from diskmorph.formats.ext4 import xattrs
-from diskmorph.formats.ext4.collect import Collector, content, file_types
+from diskmorph.formats.ext4.collect import Collector, content, file_types, require_holdable
 from diskmorph.formats.ext4.directories import Directories, pack
 from diskmorph.formats.ext4.geometry import BLOCK, Geometry, sized, smallest
 from diskmorph.formats.ext4.image import Contents, build
@@ -27,6 +28,8 @@ from diskmorph.formats.ext4.zeroes import PIECE, joined, without_zeroes
 from diskmorph.formats.source import ByteSource, BytesSource
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from numpy.typing import NDArray
 
     from diskmorph.formats.disk import Disk
@@ -49,6 +52,15 @@ class Ext4Options:
     reserved: int = 5
 
 
+class _Xattrs(NamedTuple):
+    """An object's attributes as a tree has them and as they are stored; what is empty is not stored."""
+
+    owner: int
+    given: Mapping[bytes, bytes]
+    inline: bytes
+    block: bytes
+
+
 @dataclass(eq=False)
 class State:
     """A tree as it was taken, and what was new in it: ready to be laid out, when that of earlier ones is."""
@@ -60,7 +72,7 @@ class State:
     segments: NDArray[np.void]
     pieces: NDArray[np.void]
     runs: NDArray[np.int64]
-    xattrs: list[int]
+    xattrs: list[_Xattrs]
     placed: bool = False
 
 
@@ -86,6 +98,7 @@ class Ext4Writer:
         self._source_numbers: dict[int, int] = {}
         self._states: list[State] = []
         self._directory_blocks: dict[int, int] = {}
+        self._encoded: dict[int, _Xattrs] = {}
         self._line = 0
 
     def take(self, tree: Tree) -> State:
@@ -97,19 +110,27 @@ class Ext4Writer:
         pieces = self._content(fresh, known)
         found, runs = segments(pieces)
         nodes = collector.nodes
+        links = np.bincount(np.array(names.objects, np.int64), minlength=len(nodes))
+        require_holdable(nodes, links)
+        columns = collector.columns(tree)
+        self._note_times(columns[np.array(collector.alive) >= known, 4])
         modes = np.fromiter((node.mode for node in nodes), np.int64, len(nodes))
         state = State(
             alive=np.array(collector.alive, np.int64),
-            columns=collector.columns(tree),
-            links=np.bincount(np.array(names.objects, np.int64), minlength=len(nodes)),
+            columns=columns,
+            links=links,
             directories=pack(names, inode_numbers(np.arange(len(nodes))), file_types(modes), self._contents.hash_seed),
             segments=found,
             pieces=pieces,
             runs=runs,
-            xattrs=self._take_xattrs(fresh, known),
+            xattrs=self._take_xattrs(collector.alive),
         )
         self._states.append(state)
         return state
+
+    def _note_times(self, seconds: NDArray[np.int64]) -> None:
+        beyond = np.count_nonzero((seconds < s.FIRST_TIME) | (seconds > s.LAST_TIME))
+        self.lost.extend(["a time before 1901 or after 2446"] * int(beyond))
 
     def _content(self, fresh: list[Node], known: int) -> NDArray[np.void]:
         """Return where the content of new objects lies, zeroes left out, targets of long links included."""
@@ -143,23 +164,26 @@ class Ext4Writer:
         self._contents.sources.append(source)
         return len(self._contents.sources) - 1
 
-    def _take_xattrs(self, fresh: list[Node], known: int) -> list[int]:
-        """Encode attributes; return the objects that need a block for them."""
-        contents = self._contents
-        blocks = []
-        for owner, node in enumerate(fresh, known):
-            if not node.xattrs:
+    def _take_xattrs(self, alive: list[int]) -> list[_Xattrs]:
+        """Return the attributes of the objects alive, encoded where they are new or other than in earlier states."""
+        found = []
+        for owner in alive:
+            given = self._collector.nodes[owner].xattrs
+            if not given:
                 continue
-            kept, refused = xattrs.split_names(node.xattrs)
-            inner, outer, left = xattrs.place(kept, _IN_INODE_XATTRS, BLOCK)
-            if inner:
-                contents.inline_xattrs[owner] = xattrs.build_inline(inner, _IN_INODE_XATTRS)
-            if outer:
-                contents.block_xattrs[owner] = xattrs.build_block(outer, BLOCK)
-                blocks.append(owner)
-            names = [*refused, *(a.full_name for a in left)]
-            self.lost.extend(f"extended attribute {name.decode(errors='backslashreplace')}" for name in names)
-        return blocks
+            known = self._encoded.get(owner)
+            if known is None or known.given is not given:
+                known = self._encoded[owner] = self._encode(owner, given)
+            found.append(known)
+        return found
+
+    def _encode(self, owner: int, given: Mapping[bytes, bytes]) -> _Xattrs:
+        kept, refused = xattrs.split_names(given)
+        inner, outer, left = xattrs.place(kept, _IN_INODE_XATTRS, BLOCK)
+        names = [*refused, *(a.full_name for a in left)]
+        self.lost.extend(f"extended attribute {name.decode(errors='backslashreplace')}" for name in names)
+        inline = xattrs.build_inline(inner, _IN_INODE_XATTRS) if inner else b""
+        return _Xattrs(owner, given, inline, xattrs.build_block(outer, BLOCK) if outer else b"")
 
     def need(self) -> tuple[int, int]:
         """Return the blocks of the data line that all states take, journal excluded, and the inodes.
@@ -167,7 +191,11 @@ class Ext4Writer:
         What files take in tree blocks is estimated from above.
         """
         found = np.concatenate([state.segments for state in self._states])
-        blocks = int(found["count"].sum()) + 1 + sum(len(state.xattrs) for state in self._states)
+        blocks = (
+            int(found["count"].sum())
+            + 1
+            + len({one.owner for state in self._states for one in state.xattrs if one.block})
+        )
         most = np.zeros(len(self._collector.nodes), np.int64)
         for state in self._states:
             np.maximum.at(most, state.directories.objects, state.directories.counts)
@@ -197,6 +225,8 @@ class Ext4Writer:
         contents.nodes = self._collector.nodes
         contents.alive, contents.columns = state.alive, state.columns
         contents.links, contents.directories = state.links, state.directories
+        contents.inline_xattrs = {one.owner: one.inline for one in state.xattrs if one.inline}
+        contents.block_xattrs = {one.owner: one.block for one in state.xattrs if one.block}
         return build(contents, self.geometry)
 
     def _place(self, geometry: Geometry, state: State) -> None:
@@ -210,9 +240,10 @@ class Ext4Writer:
         self._directory_blocks.update(
             zip(grown["owner"].tolist(), (grown["block"] + grown["count"]).tolist(), strict=True)
         )
-        for owner in state.xattrs:
-            contents.xattr_places[owner] = self._line
-            self._line += 1
+        for one in state.xattrs:
+            if one.block and one.owner not in contents.xattr_places:
+                contents.xattr_places[one.owner] = self._line
+                self._line += 1
         found = state.segments
         self._advance(found)
         contents.add_pieces(state.pieces, found["at"][state.runs] - found["block"][state.runs])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -455,3 +456,61 @@ def test_hostile_archive_becomes_a_clean_file_system(tmp_path: Path) -> None:
     with mounted(image, "ro,noload") as found:
         assert (found / "etc/passwd").read_bytes() == b"evil"
         assert os.readlink(found / "l") == "/etc"
+
+
+# ---------------------------------------------------------------- what no inode can say
+
+
+def test_what_no_inode_can_say_is_refused() -> None:
+    for node, words in (
+        (Node(stat.S_IFCHR | 0o600, rdev=(4096, 1)), "numbers are too large"),
+        (Node(stat.S_IFBLK | 0o600, rdev=(1, 1 << 20)), "numbers are too large"),
+        (Node(stat.S_IFREG | 0o600, size=1 << 44), "too large for ext4"),
+    ):
+        tree = Tree()
+        tree.put("x", node)
+        with pytest.raises(TargetError, match=words):
+            writer().take(tree)
+
+
+@pytest.mark.parametrize("count", [65000, 65001])
+def test_hard_links_are_counted_or_refused(tmp_path: Path, count: int) -> None:
+    tree, node = Tree(), file_node(b"one")
+    for number in range(count):
+        tree.put(b"%d" % number, node)
+    if count <= schema.MOST_LINKS:
+        image_of(tree, tmp_path / "image")
+        return
+    with pytest.raises(TargetError, match="too many names"):
+        writer().take(tree)
+
+
+def test_times_beyond_are_told() -> None:
+    tree = Tree()
+    for number, seconds in enumerate((schema.FIRST_TIME, schema.LAST_TIME, schema.LAST_TIME + 1, -(1 << 40))):
+        tree.put(b"%d" % number, file_node(b"", mtime=seconds * 10**9))
+    one = writer()
+    one.take(tree)
+    assert one.lost == ["a time before 1901 or after 2446"] * 2
+
+
+def test_each_layer_has_its_own_attributes(tmp_path: Path) -> None:
+    """A directory's may change, a file's may come later or go."""
+    large = b"2" * 500
+    tree = Tree()
+    tree.put("d", Node(stat.S_IFDIR | 0o755, xattrs={b"user.old": b"1"}))
+    tree.put("gone", Node(stat.S_IFREG | 0o644, xattrs={b"user.gone": b"3"}))
+    one = writer()
+    states = [one.take(tree)]
+    tree.put("d", Node(stat.S_IFDIR | 0o700, xattrs={b"user.new": large}))
+    tree.put("file", Node(stat.S_IFREG | 0o644, xattrs={b"user.file": large}))
+    tree.remove("gone")
+    states.append(one.take(tree))
+    tree.put("d", Node(stat.S_IFDIR | 0o700))
+    states.append(one.take(tree))
+    for state, wanted in zip(states, ({"user.old": b"1"}, {"user.new": large}, {}), strict=True):
+        image = save(checked(one.disk(state=state)), tmp_path / "image")
+        fsck(image)
+        with mounted(image, "ro,noload") as found:
+            assert {name: os.getxattr(found / "d", name) for name in os.listxattr(found / "d")} == wanted
+            assert state is states[0] or os.getxattr(found / "file", "user.file") == large
