@@ -14,7 +14,7 @@ from diskmorph.convert.bridge.injected import read_record
 from diskmorph.convert.bridge.options import CommitOptions
 from diskmorph.convert.bridge.outputs import LAYER_TAR, Output, fetching, parse_output, write_image
 from diskmorph.convert.bridge.own import refuse_sources
-from diskmorph.convert.bridge.pseudo import drop_pseudo
+from diskmorph.convert.bridge.pseudo import drop_pseudo, drop_whiteouts
 from diskmorph.formats.allocator import Identity
 from diskmorph.formats.errors import OptionError
 from diskmorph.formats.oci import open_image
@@ -85,6 +85,7 @@ def _open_base(options: CommitOptions, on_progress: Callable[[Progress], None] |
 def _changed_entries(base: Image, tree: Tree) -> Sequence[Entry]:
     added, removed = read_record(tree)
     drop_pseudo(tree)
+    drop_whiteouts(tree)
     before = base.tree()
     return changes(before, tree, Known(added, frozenset(removed)))
 

@@ -11,7 +11,7 @@ from diskmorph.convert.bridge.config import new_config
 from diskmorph.convert.bridge.options import ExtractOptions
 from diskmorph.convert.bridge.outputs import LAYER_TAR, Output, fetching, parse_output, write_image, write_tree
 from diskmorph.convert.bridge.own import refuse_sources
-from diskmorph.convert.bridge.pseudo import drop_pseudo, strip_boot
+from diskmorph.convert.bridge.pseudo import drop_pseudo, drop_whiteouts, strip_boot
 from diskmorph.convert.source_trees import open_source_tree
 from diskmorph.formats.allocator import Identity
 from diskmorph.formats.oci.writer import NewImage, NewLayer
@@ -83,6 +83,7 @@ def _write_image(
     tree: Tree, output: Output, options: ExtractOptions, on_progress: Callable[[Progress], None] | None
 ) -> ConvertReport:
     lost: list[str] = []
+    drop_whiteouts(tree)
     layer = tar_disk(tree.walk(ordered=True), LAYER_TAR, lost)
     identity = Identity(b"diskmorph" if options.convert.reproducible else None)
     image = NewImage(config=new_config(tree, options, identity), layers=[NewLayer(layer)], compress=options.compress)

@@ -6,6 +6,8 @@ import re
 import stat
 from typing import TYPE_CHECKING
 
+from diskmorph.formats.oci.layers import WHITEOUT
+
 if TYPE_CHECKING:
     from diskmorph.formats.tree import Node, Tree
 
@@ -31,6 +33,17 @@ def drop_pseudo(tree: Tree) -> None:
         node = tree.find(path, follow=False)
         if node is not None and _is_swap(node):
             tree.remove(path)
+
+
+def drop_whiteouts(tree: Tree) -> None:
+    """Take away names that an image layer would take for whiteouts, and tell them in `tree.lost`."""
+    found = [path for path, _ in tree.walk(ordered=True) if path.rpartition(b"/")[2].startswith(WHITEOUT)]
+    for path in found:
+        head, _, name = path.rpartition(b"/")
+        folder = tree.find(head, follow=False)
+        if folder is not None and folder.children.pop(name, None) is not None:
+            shown = path.decode(errors="backslashreplace")
+            tree.lost.append(f"{shown}: image layers keep names that begin with .wh. for what is removed")
 
 
 def _named_swap(root: Node) -> list[bytes]:

@@ -13,7 +13,7 @@ from clikit import dm
 from ocikit import CONFIG, docker_archive, folder, oci_layout
 from treekit import same, tar_entry, tar_file, told
 
-from diskmorph.convert.bridge import BuildOptions, CommitOptions, ExtractOptions, build, commit
+from diskmorph.convert.bridge import BuildOptions, CommitOptions, ExtractOptions, build, commit, extract
 from diskmorph.convert.bridge.diff import Known, changes
 from diskmorph.convert.bridge.injected import Injector, read_record
 from diskmorph.convert.bridge.options import Size
@@ -224,3 +224,19 @@ def test_a_record_that_makes_no_sense_is_passed_over() -> None:
     assert set(added) == {b".diskmorph/added"}
     assert removed <= {b"a", b""}
     assert read_record(Tree()) == ({}, set())
+
+
+def test_a_name_on_the_disk_is_no_whiteout(tmp_path: Path) -> None:
+    """Whoever may write to the disk must not hide the base's files by a name."""
+    base = oci_layout(tmp_path / "base", layers())
+    disk = built(tmp_path, base)
+    (tmp_path / "new").write_bytes(b"x")
+    change(disk, *(f"write {tmp_path}/new etc/{name}" for name in (".wh.passwd", ".wh..wh..opq", "kept")))
+    report = commit(disk, f"oci:{tmp_path}/out", options=options(base))
+    assert [line.split(":")[0] for line in report.lost] == ["etc/.wh..wh..opq", "etc/.wh.passwd"]
+    extracted = extract(disk, f"oci:{tmp_path}/whole")
+    assert [line.split(":")[0] for line in extracted.lost] == ["etc/.wh..wh..opq", "etc/.wh.passwd"]
+    for image in ("out", "whole"):
+        with open_tree(f"oci:{tmp_path}/{image}") as tree:
+            assert {b"passwd", b"group", b"kept"} <= set(tree.find("etc").children)  # type: ignore[union-attr]
+    assert extract(disk, tmp_path / "plain.tar").lost == ()
