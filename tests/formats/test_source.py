@@ -156,3 +156,37 @@ def test_an_image_that_qemu_writes_to_is_refused(tmp_path, byte, refused):
 def test_the_lock_structure_has_the_size_of_struct_flock():
     assert struct.calcsize("hhqqi4x") == 32
     assert fcntl.F_RDLCK == 0
+
+
+def is_open(fd: int) -> bool:
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
+
+
+def test_a_file_that_is_lent_is_closed_by_the_last_who_gives_it_back(tmp_path):
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"0123456789")
+    pool = FilePool(2)
+    source = FileSource(path, pool=pool)
+    with pool.borrow(source) as fd:
+        with pool.borrow(source) as same:
+            assert same == fd
+            source.close()
+        assert os.pread(fd, 10, 0) == b"0123456789"
+    assert not is_open(fd)
+    with pytest.raises(SourceError, match="was closed"):
+        source.read(0, 1)
+
+
+def test_a_closed_file_that_is_lent_does_not_count_twice(tmp_path):
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"0123456789")
+    source = FileSource(path)
+    with source.descriptor():
+        source.close()
+        with pytest.raises(SourceError, match="was closed"):
+            source.read(0, 1)
+    source.close()
