@@ -24,13 +24,14 @@ if TYPE_CHECKING:
 
     from diskmorph.formats.disk import Disk
     from diskmorph.formats.limits import Limits
-    from diskmorph.formats.policy import Parents
+    from diskmorph.formats.policy import Allowed
 
 LEAF = 4 << 20
 _CAPACITY = 1 << 20
 _STEP = 4096
 _ZEROES = bytes(1 << 20)
 _READERS = 2
+_LONG = 64 << 20
 
 
 def digest(
@@ -38,7 +39,7 @@ def digest(
     *,
     tree: bool = False,
     format: str | None = None,
-    parents: Parents | None = None,
+    parents: Allowed = None,
     limits: Limits | None = None,
     snapshot: str | None = None,
     disk: int | None = None,
@@ -145,12 +146,17 @@ def _drive(disk: Disk, hands: list[Any], grid: Grid, on_progress: Callable[[Prog
     tick(0)
     if disk.size:
         crew: Crew[Any] = Crew(hands, windows(disk, grid), None)
+        for hand in hands:
+            hand.halt = crew.halt
         crew.run(tick)
     tick(disk.size)
 
 
 class _OrderedHand:
     """Reads windows at the same time as others, and hashes them in turn."""
+
+    halt: Callable[[], None]
+    """Raises Stopped when work shall end: hashing a hole may take hours."""
 
     def __init__(self, reader: Reader, state: Any) -> None:
         self._reader, self._state = reader, state
@@ -168,10 +174,15 @@ class _OrderedHand:
         for start, length, _, mode in window.segments.tolist():
             del start
             if mode != READ:
-                _add_zeroes(self._state, length)
+                self._skip(length)
                 continue
             self._state.update(self._buffer[at : at + length])
             at += -(-length // _STEP) * _STEP
+
+    def _skip(self, length: int) -> None:
+        for at in range(0, length, _LONG):
+            self.halt()
+            _add_zeroes(self._state, min(_LONG, length - at))
 
     def write(self, window: Window) -> None:
         self.done += window.stop - window.start

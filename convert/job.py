@@ -7,11 +7,12 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from diskmorph.convert.copy import Transfer, run
 from diskmorph.convert.options import ConvertOptions, ConvertReport, Moved, Progress
 from diskmorph.convert.plan import STDOUT, Plan, make_plan
+from diskmorph.convert.workers import Stopped
 from diskmorph.formats.errors import OptionError, TargetError, UnsupportedError
 from diskmorph.formats.output import FileTarget, StreamTarget, Target
 from diskmorph.formats.output_device import DeviceTarget
@@ -93,8 +94,16 @@ def _properties(plan: Plan) -> dict[str, str]:
 def _perform(
     plan: Plan, transfer: Transfer, on_progress: Callable[[Progress], None] | None
 ) -> tuple[Moved, tuple[int, ...], str | None, bool]:
+    if not plan.options.digest:
+        return _carry_out(plan, transfer, on_progress, None)
+    with _Digest(plan) as digest:
+        return _carry_out(plan, transfer, on_progress, digest)
+
+
+def _carry_out(
+    plan: Plan, transfer: Transfer, on_progress: Callable[[Progress], None] | None, digest: _Digest | None
+) -> tuple[Moved, tuple[int, ...], str | None, bool]:
     options = plan.options
-    digest = _Digest(plan) if options.digest else None
     if options.dry_run:
         moved = run(transfer, None, None, on_progress)
         return moved, tuple(plan.allocator.sizes()), digest.value() if digest else None, False
@@ -131,7 +140,7 @@ def transfer_of(plan: Plan) -> Transfer:
 
 
 class _Digest:
-    """The source's SHA-256, computed beside the conversion."""
+    """The source's SHA-256, computed beside the conversion; leaving the context ends the work, done or not."""
 
     def __init__(self, plan: Plan) -> None:
         import threading  # noqa: PLC0415
@@ -139,14 +148,26 @@ class _Digest:
         self._disk = plan.disk
         self._value: str | None = None
         self._error: BaseException | None = None
+        self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _tick(self, _: Progress) -> None:
+        if self._stop.is_set():
+            raise Stopped
 
     def _work(self) -> None:
         from diskmorph.convert.digest import content_digest  # noqa: PLC0415
 
         try:
-            self._value = content_digest(self._disk)
+            self._value = content_digest(self._disk, on_progress=self._tick)
         except BaseException as error:  # noqa: BLE001 - raised again by `value`
             self._error = error
 

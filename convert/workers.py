@@ -64,39 +64,63 @@ class Crew(Generic[B]):
     def __init__(self, hands: Sequence[Hand[B]], windows: Iterator[Window], rate: int | None) -> None:
         self._hands, self._windows = hands, windows
         self._stop = threading.Event()
-        self._finished = threading.Event()
+        self._ended = [threading.Event() for _ in hands]
         self._throttle = Throttle(rate, self._stop)
         self._take = threading.Lock()
         self._turn = threading.Lock()  # free: the next window taken may settle at once
         self._failure: BaseException | None = None
+
+    def halt(self) -> None:
+        """Raise Stopped where work shall end early; for hands whose single step may take long."""
+        if self._stop.is_set():
+            raise Stopped
 
     def run(self, tick: Callable[[int], None] | None) -> None:
         """Work to the end; call `tick` (bytes done) now and then, in this thread. Raises what a worker raised."""
         if len(self._hands) == 1:
             self._alone(self._hands[0], tick)
             return
-        threads = [threading.Thread(target=self._loop, args=(hand,), daemon=True) for hand in self._hands]
+        pairs = zip(self._hands, self._ended, strict=True)
+        threads = [threading.Thread(target=self._loop, args=pair, daemon=True) for pair in pairs]
         try:
             for thread in threads:
                 thread.start()
-            self._watch(threads, tick)
+            self._watch(tick)
         except BaseException:
             self._stop.set()
             raise
         finally:
-            for thread in threads:
-                if thread.ident is not None:
-                    thread.join()
+            self._await_end(threads)
         if self._failure is not None:
             raise self._failure
 
-    def _watch(self, threads: Sequence[threading.Thread], tick: Callable[[int], None] | None) -> None:
-        while any(thread.is_alive() for thread in threads) and not self._stop.is_set():
-            self._finished.wait(_TICK)
-            if self._finished.is_set():
-                return
-            if tick is not None:
-                tick(sum(hand.done for hand in self._hands))
+    def _watch(self, tick: Callable[[int], None] | None) -> None:
+        for ended in self._ended:
+            while not ended.wait(_TICK):
+                if self._stop.is_set():
+                    return
+                if tick is not None:
+                    tick(sum(hand.done for hand in self._hands))
+
+    def _await_end(self, threads: Sequence[threading.Thread]) -> None:
+        """Wait until no worker is at work, whatever comes meanwhile: what they write to is closed next.
+
+        Events are waited for: an interrupted `Thread.join` takes a thread for dead that is not.
+        """
+        interruption: BaseException | None = None
+        while True:
+            try:
+                for thread, ended in zip(threads, self._ended, strict=True):
+                    if thread.ident is not None:
+                        ended.wait()
+                        thread.join()
+            except BaseException as error:  # noqa: BLE001 - raised when all have ended
+                self._stop.set()
+                interruption = error
+            else:
+                break
+        if interruption is not None:
+            raise interruption
 
     def _alone(self, hand: Hand[B], tick: Callable[[int], None] | None) -> None:
         told = time.monotonic()
@@ -109,7 +133,7 @@ class Crew(Generic[B]):
                 told = time.monotonic()
                 tick(hand.done)
 
-    def _loop(self, hand: Hand[B]) -> None:
+    def _loop(self, hand: Hand[B], ended: threading.Event) -> None:
         try:
             while self._one(hand):
                 pass
@@ -119,7 +143,7 @@ class Crew(Generic[B]):
             self._failure = self._failure or error
             self._stop.set()
         finally:
-            self._finished.set()
+            ended.set()
 
     def _one(self, hand: Hand[B]) -> bool:
         with self._take:
