@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         Progress,
     )
     from diskmorph.formats import errors
+    from diskmorph.formats.extents import ABSENT, DATA, HOLE, ZERO
     from diskmorph.formats.limits import Limits
     from diskmorph.formats.packages import open_package
     from diskmorph.formats.policy import Parents
@@ -39,6 +40,10 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "probe": "convert.opening",
+    "ABSENT": "formats.extents",
+    "DATA": "formats.extents",
+    "HOLE": "formats.extents",
+    "ZERO": "formats.extents",
     "open_disk": "formats.registry",
     "open_tree": "formats.trees",
     "open_package": "formats.packages",
@@ -63,6 +68,10 @@ _WHERE = {
 }
 
 __all__ = [
+    "ABSENT",
+    "DATA",
+    "HOLE",
+    "ZERO",
     "CheckResult",
     "Comparison",
     "ConvertOptions",

@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Write an image anew: another format, another subformat, compressed, flattened, grown, or as an overlay.
 
-SRC and DST are files; `-` is standard input or output, where the format can be streamed. Several SRC make one package
-(NAME.ova, NAME.ovf); a package's disks go one by one (--disk N) or all into a folder (DIR/). The source's format is
-known by its content (-f decides), the target's by its suffix (-O decides). The target appears when it is complete, or
-never."""
+SRC and DST are files; `-` is standard input or output, where the format can be streamed (raw, if none is said). Several
+SRC make one package (NAME.ova, NAME.ovf); a package's disks go one by one (--disk N) or all into a folder (DIR/). The
+source's format is known by its content (-f decides), the target's by its suffix (-O decides). The target appears when
+it is complete, or never."""
 
 EXAMPLES = (
     ("diskmorph convert disk.vmdk disk.qcow2", "another format, chosen by the suffix"),
@@ -144,7 +144,7 @@ def _snapshot_word(word: str) -> str:
 def run(args: argparse.Namespace, out: Output) -> int:
     """See diskmorph.commands."""
     if asks_for_help(args.options):
-        return _print_options(args, out)
+        return print_options(args.target_format, args.paths[-1] if args.paths else None, out)
     from diskmorph.formats.errors import OptionError
 
     source, target = _source_and_target(args)
@@ -208,7 +208,7 @@ def _source_and_target(args: argparse.Namespace) -> tuple[str | list[str], str]:
     return args.paths[0], args.paths[1]
 
 
-def _print_options(args: argparse.Namespace, out: Output) -> int:
+def print_options(named: str | None, target: str | None, out: Output) -> int:
     """Print the options of the target's format, which -O or the target's suffix names."""
     from dataclasses import asdict
 
@@ -217,8 +217,7 @@ def _print_options(args: argparse.Namespace, out: Output) -> int:
     from diskmorph.formats.probe import format_of_suffix
     from diskmorph.formats.registry import load, require_format
 
-    named = args.target_format
-    by_suffix = format_of_suffix(args.paths[-1]) if args.paths else None
+    by_suffix = format_of_suffix(target) if target else None
     if named is None and by_suffix is None:
         raise OptionError("-o help needs a format", hint="name it with -O FMT")
     entry = require_format(named) if named is not None else by_suffix

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from diskmorph.commands.common import Refused, add_output, add_parents, add_target, format_options, parents_of, size_of
+from diskmorph.commands.common import (
+    Refused,
+    add_output,
+    add_parents,
+    add_target,
+    asks_for_help,
+    format_options,
+    parents_of,
+    size_of,
+)
 
 if TYPE_CHECKING:
     import argparse
@@ -41,11 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, out: Output) -> int:
     """See diskmorph.commands."""
     import diskmorph
-    from diskmorph.commands.convert import print_report
+    from diskmorph.commands.convert import print_options, print_report
     from diskmorph.commands.progress import progress
     from diskmorph.convert.options import ConvertOptions
     from diskmorph.formats.errors import OptionError
 
+    if asks_for_help(args.options):
+        return print_options(args.format, args.target, out)
     if args.size is None and args.base is None:
         raise OptionError("create needs a size", hint="say one such as 20G, or a base with -b")
     options = ConvertOptions(

@@ -11,7 +11,7 @@ from diskmorph.convert.job import convert
 from diskmorph.convert.options import ConvertOptions
 from diskmorph.convert.routes import disk_converter
 from diskmorph.formats.allocator import Identity, OptionReader
-from diskmorph.formats.errors import OptionError, TargetError
+from diskmorph.formats.errors import FormatError, OptionError, TargetError
 from diskmorph.formats.gpt import Hybrid, Partition, build_gpt, first_usable, last_usable
 from diskmorph.formats.iso.reader import describe
 from diskmorph.formats.iso.writer import IsoLayout, IsoOptions
@@ -97,7 +97,7 @@ def tree_to_iso(
     if not isinstance(source, str | os.PathLike):
         raise OptionError("an ISO is made from a directory, an archive or a container, not from a disk")
     wanted = _wanted(options)
-    with open_tree(source, limits=options.limits) as tree:
+    with _tree(source, options) as tree:
         label = options.label or "CDROM"
         _require_seed(tree, label)
         _own(tree, wanted)
@@ -106,6 +106,14 @@ def tree_to_iso(
         plain = replace(options, target_format="raw", format_options={}, label=None)
         report = convert(image, target, options=plain, on_progress=on_progress)
     return replace(report, source=os.fspath(source), format="iso", lost=(*report.lost, *tree.lost))
+
+
+def _tree(source: str | os.PathLike[str], options: ConvertOptions) -> Tree:
+    try:
+        return open_tree(source, limits=options.limits)
+    except FormatError as error:
+        error.hint = error.hint or "an ISO takes a tree: a directory, an archive, a container, a disk's file system"
+        raise
 
 
 def _require_seed(tree: Tree, label: str) -> None:

@@ -93,8 +93,9 @@ def make_plan(
         given = tuple(bitmap.name for bitmap in bitmaps)
         bitmaps = bitmaps or _bitmaps(opened, disk, entry)
         allocator = new_allocator(entry, disk, name, options, base, journal, bitmaps)
-        disk = grown(disk, allocator.size)
-        lost, notes = losses(opened, disk, entry, allocator, given)
+        sized_to, disk = disk.size, grown(disk, allocator.size)
+        lost, notes = losses(opened, disk, entry, allocator, given, options)
+        notes += _rounding(entry, sized_to, allocator.size)
         notes += _ambiguity(opened, options) + remarks_on_guess(opened, options.source_format)
         notes += changes(profile, options, name, opened.disk.size, disk.size)
         if profile is not None:
@@ -112,13 +113,13 @@ def make_plan(
 
 
 def target_format(name: str, options: ConvertOptions) -> Format:
-    """Return the target's format: what was asked for, else by the name's suffix. Raises OptionError."""
+    """Return the target's format: what was asked for, else by the name's suffix, raw for a pipe. Raises OptionError."""
     if options.target_format is not None:
         entry = require_format(options.target_format)
     elif is_export(name):
         entry = RAW
     else:
-        found = None if name == STDOUT else format_of_suffix(name)
+        found = RAW if name == STDOUT else format_of_suffix(name)
         if found is None:
             raise OptionError(
                 f"the name {name!r} does not say which format the target shall have", hint="say -O FORMAT"
@@ -243,6 +244,8 @@ def _codec(entry: Format, options: ConvertOptions) -> tuple[int | None, int | No
         return None, None, words
     from diskmorph.convert.codecs import parse_compress  # noqa: PLC0415 - most targets need none
 
+    if options.compress.startswith("deflate") and words.get("compression_type") == "zstd":
+        raise OptionError("compression with deflate contradicts compression_type=zstd", hint="leave one of them out")
     if entry.name == "vmdk":
         words.setdefault("subformat", "streamOptimized")
     codec, level = parse_compress(options.compress, DEFLATE)
@@ -267,23 +270,32 @@ def _identity(disk: Disk, options: ConvertOptions, journal: Journal | None) -> I
 
 
 def losses(
-    source: Opened, disk: Disk, entry: Format, allocator: Allocator, bitmaps: tuple[str, ...] = ()
+    source: Opened,
+    disk: Disk,
+    entry: Format,
+    allocator: Allocator,
+    bitmaps: tuple[str, ...] = (),
+    asked: ConvertOptions | None = None,
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return what the target cannot hold, and what else a user should know; `bitmaps` came with an open disk."""
+    """Return what the target cannot hold, and what else a user should know; `bitmaps` came with an open disk.
+
+    Of what is `asked`: beside a snapshot the others do not count, and an overlay on a base flattens nothing.
+    """
+    one_snapshot = asked is not None and asked.snapshot is not None
     lost: list[str] = []
     notes: list[str] = []
     info = source.info
-    if info is not None:
+    if info is not None and not one_snapshot:
         names = [snapshot.name or snapshot.id for snapshot in info.snapshots]
         if names:
             lost.append(f"internal snapshots: {', '.join(names)}")
         bitmaps = (*bitmaps, *info.bitmaps)
-        notes.extend(info.warnings)
+    notes.extend(info.warnings if info is not None else ())
     lost += clear_text(source.layers, encrypted=allocator.encrypted)
     gone = [name for name in bitmaps if name not in allocator.bitmaps]
     if gone:
         lost.append(f"dirty bitmaps: {', '.join(gone)}")
-    if len(source.layers) > 1:
+    if len(source.layers) > 1 and (asked is None or asked.base is None):
         below = ", ".join(layer.name for layer in source.layers[1:])
         notes.append(f"the chain of parents is flattened into one disk: {below}")
     holds = allocator.sector_size if entry.name != "raw" else 512
@@ -293,6 +305,12 @@ def losses(
             "partition tables made for the one are not found with the other"
         )
     return tuple(lost), tuple(notes)
+
+
+def _rounding(entry: Format, before: int, after: int) -> tuple[str, ...]:
+    if after == before:
+        return ()
+    return (f"the disk grows from {before} to {after} bytes, the next size that {entry.name} can have",)
 
 
 def clear_text(layers: Sequence[ImageDisk], *, encrypted: bool) -> list[str]:

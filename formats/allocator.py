@@ -255,7 +255,8 @@ class OptionReader:
         """Return the value of `name`, which must be one of `allowed`, if given."""
         value = self._left.pop(name, default)
         if allowed is not None and value not in allowed:
-            raise OptionError(f"{self._format} option {name}={value} is not known", hint=f"one of {', '.join(allowed)}")
+            known = ", ".join(filter(None, allowed))  # an empty word stands for what is not said
+            raise OptionError(f"{self._format} option {name}={value} is not known", hint=f"one of {known}")
         return value
 
     def flag(self, name: str, *, default: bool = False) -> bool:

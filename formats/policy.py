@@ -50,6 +50,10 @@ class Parents:
         return cls(allow=tuple(Path(directory) for directory in what))
 
 
+OR_BACKING = ", or name it with --backing FILE"
+"""Ends hints on the parent of the image that a user named; the parents of parents cannot be named."""
+
+
 @dataclass(frozen=True)
 class Opener:
     """Opens the files of one disk under one policy, at most `limits.open_files` of them at once."""
@@ -87,7 +91,9 @@ class Opener:
             return self.allowed(name, near, what)
         path = near.path.parent / name
         status = _status(path, follow=False)
-        if status is not None and stat.S_ISLNK(status.st_mode):
+        if status is None:
+            raise SourceError(f"its {what} {name!r} does not exist at {path}", file=near.name, hint="restore it")
+        if stat.S_ISLNK(status.st_mode):
             return self.allowed(name, near, what)
         return FileSource(path, pool=self.pool, devices=False, shared=self.parents.shared, follow=False)
 
@@ -115,7 +121,7 @@ class Opener:
         return FileSource(path, pool=self.pool, devices=False, shared=self.parents.shared, follow=False)
 
     def _or_backing(self, what: str) -> str:
-        return ", or name it with --backing FILE" if what in {"backing file", "parent"} else ""
+        return OR_BACKING if what in {"backing file", "parent"} else ""
 
     def _locate(self, name: str, near: ByteSource, what: str) -> Path:
         if name.startswith(("json:", "nbd:")) or "://" in name or not _can_be_a_file(name):

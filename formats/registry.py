@@ -17,7 +17,7 @@ from diskmorph.formats.errors import (
 )
 from diskmorph.formats.foreign import refuse_foreign
 from diskmorph.formats.limits import Limits
-from diskmorph.formats.policy import Opener, Parents
+from diskmorph.formats.policy import OR_BACKING, Opener, Parents
 from diskmorph.formats.probe import RAW, Format, Signature, format_named, format_of_suffix, signatures
 from diskmorph.formats.source import ByteSource, FilePool, FileSource
 
@@ -199,6 +199,8 @@ def _parent_source(
         try:
             return opener.allowed(name, child.files[0], "backing file" if child.format == "qcow2" else "parent"), False
         except (PolicyError, SourceError, UnsupportedError) as error:
+            if not first and error.hint:
+                error.hint = error.hint.removesuffix(OR_BACKING)
             failure = failure or error
     found = _searched(child, parent, context) if not parent.names else None
     if found is not None:

@@ -154,3 +154,42 @@ def test_readme_and_cookbook_examples_are_good_usage() -> None:
                 parse(verb_parser(verb, load(verb)), words[2:])
                 seen += 1
     assert seen > 20
+
+
+def make(path: str, folder: Path) -> None:
+    """An image of the format that a name says, so that an example can be planned on it."""
+    where = folder / path
+    if where.exists() or not re.fullmatch(r"[\w.-]+\.(qcow2|raw|vmdk|vdi|vhdx?|img)", path):
+        return
+    dm("create", where, "1M").ok()
+
+
+def examples() -> list[str]:
+    """The examples of conversions in every help text, without those that need a network, a device, or special images."""
+    from diskmorph import cli
+
+    top = re.findall(r"^  (diskmorph convert .*?)(?:  .*)?$", cli._FOOT, re.MULTILINE)
+    others = [
+        words for name in ("convert", "create") for words, _ in load(next(v for v in VERBS if v.name == name)).EXAMPLES
+    ]
+    needs = ("://", "--device", "--snapshot", "vm.ova d", "seed/", "--passphrase-file", "-o help", " - disk", "new/top")
+    return [words for words in [*top, *others] if not any(word in words for word in needs)]
+
+
+@pytest.mark.parametrize("words", examples())
+def test_every_example_can_be_planned(words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shlex
+
+    monkeypatch.chdir(tmp_path)
+    argv = shlex.split(re.split(r" [|<>] ", words)[0])[1:]
+    target = next((word for word in reversed(argv) if re.search(r"\.\w+$", word)), "") if argv[-1] != "-" else "-"
+    for word in argv if argv[0] == "convert" else [word for word in argv if "base" in word]:
+        if word != target and not word.startswith("-"):
+            make(word, tmp_path)
+    assert list(tmp_path.iterdir()) or argv[0] == "create"
+    dm(*argv, "--dry-run").ok()
+
+
+def test_options_are_listed_by_every_verb_that_takes_them() -> None:
+    listed = dm("create", "-f", "qcow2", "-o", "help", "x").ok().out
+    assert listed == dm("convert", "-O", "qcow2", "-o", "help").ok().out and "cluster_size" in listed
