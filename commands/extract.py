@@ -16,8 +16,9 @@ DESCRIPTION = """\
 Take the root file system out of a disk: as a directory, a tar archive or a container image.
 
 The root is found by its partition's type, else by what lies in it; /boot, /usr and /var are merged where fstab mounts
-them from the same disk. Contents of /proc, /sys, /dev, /run and /tmp, lost+found and swap files stay behind. No
-root rights are needed; as another user a directory cannot keep owners and devices, archives and images keep both."""
+them from the same disk. Of what has an /etc, contents of /proc, /sys, /dev, /run and /tmp, lost+found and swap files
+stay behind. No root rights are needed; as another user a directory cannot keep owners and devices, archives and images
+keep both."""
 
 EXAMPLES = (
     ("diskmorph extract disk.vmdk app.tar", "an archive with owners, times, attributes and links"),

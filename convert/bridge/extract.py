@@ -11,7 +11,7 @@ from diskmorph.convert.bridge.config import new_config
 from diskmorph.convert.bridge.options import ExtractOptions
 from diskmorph.convert.bridge.outputs import LAYER_TAR, Output, fetching, parse_output, write_image, write_tree
 from diskmorph.convert.bridge.own import refuse_sources
-from diskmorph.convert.bridge.pseudo import drop_pseudo, drop_whiteouts, strip_boot
+from diskmorph.convert.bridge.pseudo import drop_from_root, drop_whiteouts, strip_boot
 from diskmorph.convert.source_trees import open_source_tree
 from diskmorph.formats.allocator import Identity
 from diskmorph.formats.oci.writer import NewImage, NewLayer
@@ -45,7 +45,7 @@ def extract(
     try:
         if output.kind != "docker":
             refuse_sources([output.path], [tree.name], tree)
-        drop_pseudo(tree)
+        drop_from_root(tree)
         if options.strip_boot:
             strip_boot(tree)
         report = write_output(tree, output, options, on_progress)

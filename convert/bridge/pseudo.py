@@ -20,6 +20,20 @@ _BOOT = (b"lib/modules", b"usr/lib/modules", b"lib/firmware", b"usr/lib/firmware
 _KERNEL_LINK = re.compile(rb"(vmlinuz|initrd\.img|vmlinux)(\.old)?")
 
 
+def drop_from_root(tree: Tree) -> None:
+    """Do as `drop_pseudo` where the tree is a system's root; elsewhere (data, an ISO) these are names as any other.
+
+    An empty lost+found goes in any case: it belongs to the file system.
+    """
+    etc = tree.find("etc")
+    if etc is not None and etc.is_dir:
+        drop_pseudo(tree)
+        return
+    found = tree.root.children.get(b"lost+found")
+    if found is not None and found.is_dir and not found.children:
+        tree.remove(b"lost+found")
+
+
 def drop_pseudo(tree: Tree) -> None:
     """Take away what is not part of an image: contents of /proc and the like, lost+found, swap files."""
     for name in EMPTIED:

@@ -258,6 +258,19 @@ def test_pseudo_file_systems_and_swap_stay_behind() -> None:
     assert not {b"proc/1", b"sys/x", b"dev/sda", b"tmp/t", b"lost+found", b"swapfile", b"var/swap"} & names
 
 
+def test_what_is_no_root_is_taken_whole(tmp_path: Path) -> None:
+    tree = Tree()
+    for name in ("dev/tool.deb", "tmp/t", "run/run.sh", "lost+found/x"):
+        tree.put(name, file_node(b"x"))
+    extract(tree, tmp_path / "out", options=ExtractOptions(convert=QUICK))
+    assert sorted(path.name for path in (tmp_path / "out").rglob("*") if path.is_file()) == [
+        "run.sh",
+        "t",
+        "tool.deb",
+        "x",
+    ]
+
+
 def test_strip_boot() -> None:
     tree = Tree()
     names = ("boot/vmlinuz", "boot/grub/grub.cfg", "usr/lib/modules/6/x.ko", "usr/lib/firmware/f", "usr/lib/libc.so")
