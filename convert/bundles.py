@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from diskmorph.formats.disk import Disk
+    from diskmorph.formats.policy import Allowed
 
 _STEP = 1 << 20
 _ACCOUNT = re.compile(r"\d{12}")
@@ -255,7 +256,7 @@ def unbundle(
     force: bool = False,
     sync: bool = True,
     dry_run: bool = False,
-    parents: Parents | None = None,
+    parents: Allowed = None,
     limits: Limits | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> BundleReport:
@@ -266,7 +267,7 @@ def unbundle(
     only. Raises IntegrityError, FormatError, PolicyError, OptionError, TargetError.
     """
     begun = time.monotonic()
-    limits, parents = limits or Limits(), parents or Parents()
+    limits, parents = limits or Limits(), Parents.of(parents)
     private = PrivateKey(key)
     public = Certificate(certificate) if certificate is not None else None
     opener = Opener(parents, limits)

@@ -20,6 +20,7 @@ from diskmorph.formats.registry import OpenContext, identify, load
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from diskmorph.formats.policy import Allowed
     from diskmorph.formats.probe import Format
     from diskmorph.formats.registry import FormatModule
     from diskmorph.formats.source import FileSource
@@ -35,7 +36,7 @@ def check(
     output: str | os.PathLike[str] | None = None,
     force: bool = False,
     sync: bool = True,
-    parents: Parents | None = None,
+    parents: Allowed = None,
     limits: Limits | None = None,
 ) -> CheckResult:
     """Check an image's structure; with `repair` ("leaks" or "all") mend it, in place or as the copy `output`.
@@ -47,14 +48,15 @@ def check(
         raise OptionError(f"repair {repair!r} is not known", hint="leaks or all")
     if output is not None and repair is None:
         raise OptionError("-o needs --repair", hint="say --repair leaks or --repair all")
-    if repair is not None and output is None and parents is not None and parents.shared:
+    parents = Parents.of(parents)
+    if repair is not None and output is None and parents.shared:
         raise OptionError(
             "an image that may be in use is not repaired in place", hint="repair into a copy with -o FILE"
         )
     if os.fspath(path) == "-":
         raise OptionError("check reads a file, not standard input", hint="write the image to a file first")
     limits = limits or Limits()
-    opener = Opener(parents or Parents(), limits)
+    opener = Opener(parents, limits)
     context = OpenContext(opener, limits)
     with opener.user_file(path) as source:
         entry, _ = identify(source, format)
@@ -73,8 +75,8 @@ def check(
     return _result(str(where), left, repaired=len(patches), journal=str(journal) if output is None else None)
 
 
-def _again(path: Path, entry: Format, parents: Parents | None, limits: Limits) -> CheckReport:
-    opener = Opener(parents or Parents(), limits)
+def _again(path: Path, entry: Format, parents: Parents, limits: Limits) -> CheckReport:
+    opener = Opener(parents, limits)
     with opener.user_file(path) as source:
         return load(entry).check_image(source, OpenContext(opener, limits))
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from diskmorph.formats.disk import Disk
     from diskmorph.formats.limits import Limits
-    from diskmorph.formats.policy import Parents
+    from diskmorph.formats.policy import Allowed
 
 _CAPACITY = 1 << 20
 _STEP = 4096
@@ -39,7 +39,7 @@ def compare(
     max_ranges: int | None = None,
     strict: bool = False,
     formats: tuple[str | None, str | None] = (None, None),
-    parents: Parents | None = None,
+    parents: Allowed = None,
     limits: Limits | None = None,
     threads: int | None = None,
     on_progress: Callable[[Progress], None] | None = None,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from diskmorph.convert.job import perform, refuse_own_files
 from diskmorph.convert.opening import Opened, open_source
-from diskmorph.convert.options import ConvertOptions, ConvertReport
+from diskmorph.convert.options import ConvertOptions, ConvertReport, whole_bytes
 from diskmorph.convert.plan import STDOUT, Plan, losses, make_plan, require_zero
 from diskmorph.convert.variants import Variant, lost_by_plan, lost_room, variant_of
 from diskmorph.formats.errors import OptionError, TargetError, UnsupportedError
@@ -39,6 +39,7 @@ def create(
         if options.base is None:
             raise OptionError("an empty image needs a size", hint="say it, as in 10G")
         size = _size_of(options)
+    size = whole_bytes(size, "size")
     empty = Zero(size, kind=HOLE if options.base is None else ABSENT)
     empty.name = "nothing"
     with make_plan(empty, target, options) as plan:
@@ -70,9 +71,8 @@ def resize(
     """
     options = options or ConvertOptions()
     if os.fspath(path) == STDOUT:
-        raise OptionError(
-            "standard input cannot be resized", hint="`convert --size SIZE - DST` takes it"
-        )
+        raise OptionError("standard input cannot be resized", hint="`convert --size SIZE - DST` takes it")
+    size = whole_bytes(size, "size")
     with open_source(
         path, format=options.source_format, parents=options.parents, limits=options.limits, snapshot=options.snapshot
     ) as opened:

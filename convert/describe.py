@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from diskmorph.formats.machine import Machine
     from diskmorph.formats.packages import Package
+    from diskmorph.formats.policy import Allowed
     from diskmorph.formats.probe import Signature
     from diskmorph.formats.source import ByteSource
 
@@ -26,7 +27,7 @@ def describe(
     path: str | os.PathLike[str],
     *,
     format: str | None = None,
-    parents: Parents | None = None,
+    parents: Allowed = None,
     limits: Limits | None = None,
     source: ByteSource | None = None,
 ) -> dict[str, Any] | None:
@@ -36,7 +37,7 @@ def describe(
     UnsupportedError (a package that is no file), and what `open_package` and the readers of kernels and ramdisks raise.
     """
     limits = limits or Limits()
-    parents = parents or Parents()
+    parents = Parents.of(parents)
     with Opener(parents, limits).user_file(path) if source is None else nullcontext(source) as opened:
         entry, found = identify(opened, format)
         if entry.kind in {"disk", "wrapper"}:

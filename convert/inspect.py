@@ -13,11 +13,12 @@ from diskmorph.formats.registry import OpenContext, identify, open_chain, open_l
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from diskmorph.formats.disk import Disk, ImageDisk, ParentRef
     from diskmorph.formats.fsprobe import FileSystem
     from diskmorph.formats.gpt import Partition, PartitionTable
+    from diskmorph.formats.policy import Allowed
     from diskmorph.formats.probe import Format, Signature
     from diskmorph.formats.source import ByteSource
 
@@ -119,7 +120,7 @@ def inspect(
     path: str | os.PathLike[str],
     *,
     format: str | None = None,
-    parents: Parents | str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | None = None,
+    parents: Allowed = None,
     limits: Limits | None = None,
     chain: bool = False,
     inside: bool = True,

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from diskmorph.convert.lint_facts import Facts
+    from diskmorph.formats.policy import Allowed
 
     Judge = Callable[[Facts], Iterator[tuple[str, str, str]]]
 
@@ -107,7 +108,7 @@ def lint(
     path: str | os.PathLike[str],
     target: str,
     *,
-    parents: Parents | None = None,
+    parents: Allowed = None,
     limits: Limits | None = None,
 ) -> LintReport:
     """Judge a package by what `target` (one of TARGETS) takes, or a disk by what one of DISK_TARGETS takes.
@@ -116,13 +117,14 @@ def lint(
 
     Raises OptionError (no such target), SourceError, UnsupportedError (no OVF package).
     """
-    if target in DISK_TARGETS and _is_disk(path, target, parents or Parents(), limits or Limits()):
+    parents = Parents.of(parents)
+    if target in DISK_TARGETS and _is_disk(path, target, parents, limits or Limits()):
         found = [Finding(*words) for words in disk_findings(path, target, parents=parents, limits=limits)]
         return LintReport(str(path), target, tuple(found))
     if target not in TARGETS:
         raise OptionError(f"unknown target {target!r} for --for", hint=f"one of {', '.join(DISK_TARGETS)}")
     limits = limits or Limits()
-    facts = gather(path, Opener(parents or Parents(), limits), limits)
+    facts = gather(path, Opener(parents, limits), limits)
     found = [
         Finding(rule, problem, facts.path, "repair it, or write it anew with `diskmorph convert`")
         for rule, problem in facts.unreadable

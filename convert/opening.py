@@ -19,6 +19,7 @@ from diskmorph.formats.source import ByteSource, FilePool, FileSource
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from diskmorph.formats.policy import Allowed
     from diskmorph.formats.probe import Signature
 
 _BLOCK = 1 << 20
@@ -78,7 +79,7 @@ def open_source(
     what: str | os.PathLike[str] | Disk,
     *,
     format: str | None = None,
-    parents: Parents | None = None,
+    parents: Allowed = None,
     limits: Limits | None = None,
     snapshot: str | None = None,
     disk: int | None = None,
@@ -93,7 +94,7 @@ def open_source(
     if isinstance(what, Disk):
         return Opened(what.name, what, what.format, owned=False)
     limits = limits or Limits()
-    opener = opener or Opener(parents or Parents(), limits, FilePool(limits.open_files))
+    opener = opener or Opener(Parents.of(parents), limits, FilePool(limits.open_files))
     if source is None:
         source = spooled() if os.fspath(what) == "-" else opener.user_source(what)
     origins = opener.pool.origins

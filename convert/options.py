@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
 
+from diskmorph.formats.errors import OptionError
 from diskmorph.formats.limits import Limits
 from diskmorph.formats.policy import Parents
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+
+_MOST_BYTES = 1 << 63  # as a file's size can be
 
 
 class Progress(NamedTuple):
@@ -44,7 +49,9 @@ class ConvertOptions:
     - `also`: further targets of the same read; their formats are said by their suffixes.
     - `label`: the volume's label, of an ISO.
     - `rate`: bytes a second at most; `threads`: workers (None: one a core).
-    - `parents`, `limits`: what the source may open and cost.
+    - `parents`, `limits`: what the source may open (anything that `Parents.of` takes) and cost.
+
+    Raises OptionError for values of another kind: words are strings (format options also numbers and bools).
     """
 
     source_format: str | None = None
@@ -74,6 +81,35 @@ class ConvertOptions:
     threads: int | None = None
     parents: Parents = field(default_factory=Parents)
     limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        """Bring words into their form. Raises OptionError for what is none."""
+        object.__setattr__(self, "parents", Parents.of(self.parents))
+        object.__setattr__(self, "format_options", {name: _word(name, it) for name, it in self.format_options.items()})
+        if self.compress is not None and not isinstance(self.compress, str):
+            raise OptionError(f"compress is a word, not {self.compress!r}", hint='"default", or one such as "zstd:3"')
+        for name in ("size", "zero_unit", "rate"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else whole_bytes(value, name))
+
+
+def _word(name: str, value: object) -> str:
+    """Return an option's value as it is said on the command line."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, str | int):
+        return str(value)
+    raise OptionError(f"option {name}={value!r} is neither a word nor a number")
+
+
+def whole_bytes(value: object, name: str) -> int:
+    """Return a size in bytes that a caller gave. Raises OptionError."""
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+        raise OptionError(f"{name} is a number of bytes, not {value!r}", hint="10 << 30 is 10 GiB")
+    number = operator.index(value)
+    if not 0 <= number < _MOST_BYTES:
+        raise OptionError(f"{name} of {number} bytes is no size", hint=f"from 0 to {_MOST_BYTES - 1}")
+    return number
 
 
 @dataclass(slots=True)

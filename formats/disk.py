@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from diskmorph.formats.codecs import decode, decode_exactly
-from diskmorph.formats.errors import DiskmorphError, FormatError, PolicyError
+from diskmorph.formats.errors import DiskmorphError, FormatError, OptionError, PolicyError
 from diskmorph.formats.extents import ABSENT, DATA, EXTENT, HOLE, PLAIN, coalesced, stops
 
 if TYPE_CHECKING:
@@ -76,7 +76,13 @@ class Disk(ABC):
                 piece[:] = self._decoded(file, offset, stored, codec, skip + length)[skip : skip + length]
 
     def read(self, start: int, length: int) -> bytes:
-        """Return `length` bytes from `start`; for small reads."""
+        """Return `length` bytes from `start`; for small reads.
+
+        Raises OptionError (a number below zero), FormatError (beyond the end), and what reading raises.
+        """
+        if start < 0 or length < 0:
+            raise OptionError(f"{length} bytes from {start} on cannot be read", file=self.name)
+        self._require_range(start, start + length)
         buffer = bytearray(length)
         self.read_into(start, memoryview(buffer))
         return bytes(buffer)

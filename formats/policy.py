@@ -9,7 +9,7 @@ import os
 import stat
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from diskmorph.formats.errors import PolicyError, SourceError
 from diskmorph.formats.limits import Limits
@@ -39,7 +39,7 @@ class Parents:
             object.__setattr__(self, "allow", (Path(self.allow),))
 
     @classmethod
-    def of(cls, what: Parents | str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | None) -> Parents:
+    def of(cls, what: Allowed) -> Parents:
         """Return `what` as Parents: one as it is, a directory or several as `allow`, None as nothing allowed."""
         if what is None:
             return cls()
@@ -50,8 +50,8 @@ class Parents:
         return cls(allow=tuple(Path(directory) for directory in what))
 
 
-OR_BACKING = ", or name it with --backing FILE"
-"""Ends hints on the parent of the image that a user named; the parents of parents cannot be named."""
+Allowed: TypeAlias = "Parents | str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | None"
+"""What `Parents.of` takes, and everything that opens an image."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,7 @@ class Opener:
             return self.allowed(name, near, what)
         path = near.path.parent / name
         status = _status(path, follow=False)
-        if status is None:
-            raise SourceError(f"its {what} {name!r} does not exist at {path}", file=near.name, hint="restore it")
-        if stat.S_ISLNK(status.st_mode):
+        if status is not None and stat.S_ISLNK(status.st_mode):
             return self.allowed(name, near, what)
         return FileSource(path, pool=self.pool, devices=False, shared=self.parents.shared, follow=False)
 
@@ -121,7 +119,7 @@ class Opener:
         return FileSource(path, pool=self.pool, devices=False, shared=self.parents.shared, follow=False)
 
     def _or_backing(self, what: str) -> str:
-        return OR_BACKING if what in {"backing file", "parent"} else ""
+        return ", or name it with --backing FILE" if what in {"backing file", "parent"} else ""
 
     def _locate(self, name: str, near: ByteSource, what: str) -> Path:
         if name.startswith(("json:", "nbd:")) or "://" in name or not _can_be_a_file(name):
