@@ -54,6 +54,10 @@ Allowed: TypeAlias = "Parents | str | os.PathLike[str] | Iterable[str | os.PathL
 """What `Parents.of` takes, and everything that opens an image."""
 
 
+OR_BACKING = ", or name it with --backing FILE"
+"""Ends hints on the parent of the image that a user named; the parents of parents cannot be named."""
+
+
 @dataclass(frozen=True)
 class Opener:
     """Opens the files of one disk under one policy, at most `limits.open_files` of them at once."""
@@ -91,7 +95,9 @@ class Opener:
             return self.allowed(name, near, what)
         path = near.path.parent / name
         status = _status(path, follow=False)
-        if status is not None and stat.S_ISLNK(status.st_mode):
+        if status is None:
+            raise SourceError(f"its {what} {name!r} does not exist at {path}", file=near.name, hint="restore it")
+        if stat.S_ISLNK(status.st_mode):
             return self.allowed(name, near, what)
         return FileSource(path, pool=self.pool, devices=False, shared=self.parents.shared, follow=False)
 
@@ -119,7 +125,7 @@ class Opener:
         return FileSource(path, pool=self.pool, devices=False, shared=self.parents.shared, follow=False)
 
     def _or_backing(self, what: str) -> str:
-        return ", or name it with --backing FILE" if what in {"backing file", "parent"} else ""
+        return OR_BACKING if what in {"backing file", "parent"} else ""
 
     def _locate(self, name: str, near: ByteSource, what: str) -> Path:
         if name.startswith(("json:", "nbd:")) or "://" in name or not _can_be_a_file(name):
