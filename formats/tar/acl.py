@@ -34,7 +34,7 @@ def from_text(text: bytes) -> bytes | None:
         if found is None:
             return None
         rows.append(found)
-    rows.sort()
+    rows.sort(key=lambda row: (row[0], row[2]))  # as the kernel has them: by kind, then by number
     return VERSION + np.array(rows, ENTRY).tobytes()
 
 

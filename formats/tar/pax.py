@@ -18,6 +18,7 @@ Pax = dict[bytes, bytes]
 
 _XATTR, _LIBARCHIVE = b"SCHILY.xattr.", b"LIBARCHIVE.xattr."
 _NO_NUL = (b"path", b"linkpath", b"GNU.sparse.name")
+_LONGEST_TIME = 16  # digits of seconds: a year of more than ten digits is no date to the C library
 _SPARSE_PAIR = (b"GNU.sparse.offset", b"GNU.sparse.numbytes")
 
 
@@ -68,7 +69,7 @@ def apply(pax: Pax, node: Node, name: bytes, file: str, at: int, lost: list[str]
     xattrs: dict[bytes, bytes] = {}
     for key, value in pax.items():
         if key.startswith(_XATTR):
-            xattrs[key[len(_XATTR) :]] = value
+            xattrs[_unescaped(key[len(_XATTR) :])] = value
         elif key.startswith(_LIBARCHIVE):
             xattrs.setdefault(unquote_to_bytes(key[len(_LIBARCHIVE) :]), _decoded(value, file, at))
         elif key == b"RHT.security.selinux":
@@ -80,6 +81,20 @@ def apply(pax: Pax, node: Node, name: bytes, file: str, at: int, lost: list[str]
         access = xattrs.get(b"system.posix_acl_access")
         if access is not None and (bits := acl.permission_bits(access)) is not None:
             node.mode = node.mode & ~0o777 | bits  # as the kernel does when the ACL is set
+
+
+def xattr_key(name: bytes) -> bytes:
+    """Return the key of an attribute's record, `=` as `%3D` and `%` as `%25` where reading it back would need that.
+
+    GNU tar escapes so, too; `=` would end the key. Other names stand as they are, as everyone writes them.
+    """
+    if b"=" in name or b"%3D" in name or b"%25" in name:
+        name = name.replace(b"%", b"%25").replace(b"=", b"%3D")
+    return _XATTR + name
+
+
+def _unescaped(name: bytes) -> bytes:
+    return name.replace(b"%3D", b"=").replace(b"%25", b"%")
 
 
 def _apply_acl(xattrs: dict[bytes, bytes], key: bytes, value: bytes, name: bytes, lost: list[str]) -> None:
@@ -101,7 +116,7 @@ def nanoseconds(text: bytes, file: str, at: int) -> int:
     """Return a decimal time such as `1700000000.123456789` in nanoseconds; digits beyond are cut off."""
     whole, _, part = text.partition(b".")
     digits = whole.removeprefix(b"-")
-    if len(digits) > 18 or not (digits + part).isdigit():
+    if len(digits) > _LONGEST_TIME or not (digits + part).isdigit():
         raise _damaged("an extended header is damaged", file, at, field="mtime", found=text[:40])
     value = int(digits or b"0") * 10**9 + int(part[:9].ljust(9, b"0"))
     return -value if text.startswith(b"-") else value

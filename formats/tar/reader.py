@@ -40,6 +40,7 @@ _KINDS = {
     s.FIFO: stat.S_IFIFO,
 }
 _END = bytes(s.BLOCK)
+_MOST_ID = 0xFFFFFFFF
 
 
 class Member(NamedTuple):
@@ -328,8 +329,9 @@ class _Parser:
         column: list[int] = values.tolist()
         for index in np.flatnonzero(odd).tolist():
             value = s.number(field[index].tobytes())
+            most = _MOST_ID if name in {"uid", "gid"} else 1 << 62
             used = name not in {"devmajor", "devminor"} or batch[index].header[156] in b"34"
-            if value is None or (value < 0 and name != "mtime") or abs(value) >= 1 << 62:
+            if value is None or (value < 0 and name != "mtime") or abs(value) > most:
                 if used:
                     found = field[index].tobytes()
                     raise _damaged(

@@ -17,7 +17,7 @@ from diskmorph.formats.extents import DATA, EXTENT, HOLE, coalesce
 from diskmorph.formats.source import ByteSource, BytesSource
 from diskmorph.formats.tar import acl
 from diskmorph.formats.tar import schema as s
-from diskmorph.formats.tar.pax import record, time_text
+from diskmorph.formats.tar.pax import record, time_text, xattr_key
 from diskmorph.formats.views import Mapped
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ class _Plan:
         for key, value in sorted(node.xattrs.items()):
             if self._options.acl_text and key in _ACL_TEXT and (text := acl.to_text(value)) is not None:
                 records.append(record(_ACL_TEXT[key], text))
-            records.append(record(b"SCHILY.xattr." + key, value))
+            records.append(record(xattr_key(key), value))
         return records
 
     def _is_sparse(self, size: int, pieces: tuple[Piece, ...]) -> bool:

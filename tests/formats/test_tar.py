@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import tarfile
 from typing import TYPE_CHECKING
 
@@ -298,6 +299,8 @@ _HOSTILE = {
     "pax uid": ([tar_entry("a", pax={"uid": b"99999999999"})], "damaged"),
     "pax uid of 5,000 digits": ([tar_entry("a", pax={"uid": b"9" * 5000})], "damaged"),
     "pax gid of 5,000 digits": ([tar_entry("a", pax={"gid": b"9" * 5000})], "damaged"),
+    "pax mtime beyond all dates": ([tar_entry("a", pax={"mtime": b"9" * 17})], "damaged"),
+    "pax mtime before all dates": ([tar_entry("a", pax={"mtime": b"-" + b"9" * 17})], "damaged"),
     "pax mtime": ([tar_entry("a", pax={"mtime": b"soon"})], "damaged"),
     "pax too large": ([tar_entry("p", b"", b"x", size=5 << 20)], "too large"),
     "sparse overlap": (
@@ -449,3 +452,34 @@ def test_sockets_are_told_as_lost() -> None:
     lost: list[str] = []
     tar_disk(tree.walk(), lost=lost)
     assert lost == ["run/socket: a socket"]
+
+
+@pytest.mark.parametrize("name", [b"user.a=b", b"user.100%", b"user.%3D", b"user.%25=", b"user.plain"])
+def test_names_of_attributes_may_hold_equals_signs(tmp_path: Path, name: bytes) -> None:
+    tree = Tree()
+    tree.put("f", Node(0o100644, xattrs={name: b"v=w"}))
+    disk = tar_disk(tree.walk())
+    found = read_tar(BytesSource(disk.read(0, disk.size))).find("f")
+    assert found is not None
+    assert dict(found.xattrs) == {name: b"v=w"}
+    (tmp_path / "x").touch()
+    os.setxattr(tmp_path / "x", name, b"v=w")
+    run("tar", "--format=pax", "--xattrs", "-C", tmp_path, "-cf", tmp_path / "t.tar", "x")
+    with open_tree(tmp_path / "t.tar") as theirs:
+        assert dict(theirs.find("x").xattrs) == {name: b"v=w"}  # type: ignore[union-attr]
+
+
+def test_owners_beyond_32_bits_are_refused() -> None:
+    info = tarfile.TarInfo("f")
+    for info.uid, fine in ((0xFFFFFFFF, True), (1 << 32, False)):
+        header = info.tobuf(tarfile.GNU_FORMAT)
+        if fine:
+            assert node_of(header, name="f").uid == 0xFFFFFFFF
+            continue
+        with pytest.raises(FormatError, match="uid"):
+            tree_of(header)
+
+
+def test_acl_entries_are_in_the_kernels_order() -> None:
+    found = from_text(b"user::rw-,user:70000:r--,user:1000:rw-,group::r--,mask::rw-,other::r--")
+    assert to_text(found or b"") == b"user::rw-,user:1000:rw-,user:70000:r--,group::r--,mask::rw-,other::r--"
