@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from diskmorph.convert import lint_vmdk
 from diskmorph.formats.machine import EFI, IDE, NVME, SATA, SCSI
 from diskmorph.formats.ovf import model as m
 from diskmorph.formats.ovf.units import unit_factor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from diskmorph.convert.lint_facts import Facts, FileFacts
     from diskmorph.formats.machine import Controller, Machine
@@ -35,7 +36,6 @@ _VIRTUALBOX_CONTROLLERS = {
     SCSI: {"lsilogic", "lsilogicsas", "buslogic", ""},
     SATA: {"vmware.sata.ahci", "ahci"},
 }
-_ESXI_ADAPTERS = {"lsilogic", "buslogic", "pvscsi", "legacyesx"}
 
 
 def _line(facts: Facts, line: int) -> str:
@@ -243,43 +243,24 @@ def disk_streams(facts: Facts) -> Found:
 
 
 def vmdk_versions(facts: Facts) -> Found:
-    """Demand that the sparse header is of version 3; of older ones VMware says "sparse VMDK version too old"."""
-    for file in _disk_files(facts):
-        if file.vmdk is not None and file.vmdk.compressed and file.vmdk.version < 3:
-            yield (
-                f"the header of {file.ref.href} is of version {file.vmdk.version}, which is too old: 3 is taken",
-                f"{file.ref.href} byte 4",
-                _ANEW,
-            )
+    """See lint_vmdk."""
+    return _of_vmdks(facts, lint_vmdk.versions)
 
 
 def vmdk_ends(facts: Facts) -> Found:
-    """Demand that the stream ends the file: bytes behind it break the digests of VMware's importers."""
-    for file in _disk_files(facts):
-        if file.vmdk is None or file.vmdk.trailing == 0:
-            continue
-        if file.vmdk.trailing is None or file.vmdk.trailing < 0:
-            what = "is cut off" if file.vmdk.trailing is None else "lacks its end-of-stream marker"
-            yield f"the stream in {file.ref.href} {what}", f"{file.ref.href} byte {file.size}", _ANEW
-        else:
-            at = (file.size or 0) - file.vmdk.trailing
-            yield (
-                f"{file.vmdk.trailing} bytes follow the end of the stream in {file.ref.href}",
-                f"{file.ref.href} byte {at}",
-                f"cut the file at byte {at}, or {_ANEW}",
-            )
+    """See lint_vmdk."""
+    return _of_vmdks(facts, lint_vmdk.ends)
 
 
 def vmdk_adapters(facts: Facts) -> Found:
-    """Demand that the disk's own descriptor names a SCSI adapter."""
+    """See lint_vmdk."""
+    return _of_vmdks(facts, lint_vmdk.adapters)
+
+
+def _of_vmdks(facts: Facts, judge: Callable[[lint_vmdk.Judged], Found]) -> Found:
     for file in _disk_files(facts):
-        said = file.vmdk.settings.get("ddb.adapterType") if file.vmdk is not None else None
-        if said is not None and said.strip().lower() not in _ESXI_ADAPTERS:
-            yield (
-                f"the disk {file.ref.href} names the adapter {said.strip()}; a SCSI adapter is taken",
-                f"{file.ref.href}, its descriptor",
-                _ANEW,
-            )
+        if file.vmdk is not None:
+            yield from judge(lint_vmdk.Judged(file.ref.href, file.size or 0, file.vmdk, _ANEW))
 
 
 # --- machines

@@ -181,12 +181,12 @@ class _Gatherer:
         try:
             with container.open_reference(ref) as source:
                 found = identify(source)[0].name
-                return FileFacts(ref, size, found, _vmdk(source) if found == "vmdk" else None)
+                return FileFacts(ref, size, found, vmdk_facts(source) if found == "vmdk" else None)
         except DiskmorphError as error:
             return FileFacts(ref, size, problem=error.problem)
 
 
-def _vmdk(source: ByteSource) -> VmdkFacts | None:
+def vmdk_facts(source: ByteSource) -> VmdkFacts | None:
     """Return what a sparse VMDK's header says; None for other kinds."""
     raw = source.read_upto(0, _SECTOR)
     if raw[:4] != schema.HOSTED_MAGIC or len(raw) < _SECTOR:

@@ -1,9 +1,9 @@
 """`--for TARGET`: the shape that a cloud or hypervisor takes, as data, and what taking that shape changes.
 
 Of each product's documentation: Azure wants a fixed VHD of whole MiB, Compute Engine a tarball of whole GiB, ESXi a
-streamOptimized VMDK with a SCSI adapter, Hyper-V VHDX, VirtualBox VDI, OpenStack and Proxmox qcow2, KubeVirt a
-container image that holds a qcow2, Vagrant and Incus tarballs round one, WSL a root file system in a tar archive,
-Firecracker a kernel and a root image.
+streamOptimized VMDK with a SCSI adapter, Hyper-V VHDX, VirtualBox VDI (it opens VMDK and VHD too), OpenStack and
+Proxmox qcow2, KubeVirt a container image that holds a qcow2, Vagrant and Incus tarballs round one, WSL a root file
+system in a tar archive, Firecracker a kernel and a root image.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ PROFILES: tuple[Profile, ...] = (
     Profile("aws", "AWS (VM Import)", {"vmdk": _STREAM, "raw": {}, "vhd": {}, "vhdx": {}}, packages=True),
     Profile("openstack", "OpenStack", {"qcow2": {}, "raw": {}}),
     Profile("esxi", "VMware ESXi", {"vmdk": _ESXI}, packages=True),
-    Profile("virtualbox", "VirtualBox", {"vdi": {}}, packages=True),
+    Profile("virtualbox", "VirtualBox", {"vdi": {}, "vmdk": {}, "vhd": {}}, packages=True),
     Profile("hyperv", "Hyper-V", {"vhdx": {}, "vhd": {}}, _MIB),
     Profile("proxmox", "Proxmox VE", {"qcow2": {}, "raw": {}}, packages=True),
     Profile("kubevirt", "KubeVirt", {"qcow2": {}}, shape="kubevirt"),

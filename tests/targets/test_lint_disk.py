@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from clikit import dm
 
-from testkit import MIB
+from testkit import MIB, run
 
 
 @pytest.fixture(autouse=True)
@@ -32,3 +32,21 @@ def test_rules_are_those_of_convert():
     assert dm("lint", "a.vhd", "--for", "azure").status == 3
     assert dm("lint", "z.vhd", "--for", "azure").status == 0
     assert dm("lint", "a.vhd", "--for", "moon").status == 2
+
+
+def test_a_stream_of_qemu_img_is_judged_by_itself():
+    """Its adapter is ide, and zeroes follow its end: ESXi takes neither."""
+    run("qemu-img", "convert", "-O", "vmdk", "-o", "subformat=streamOptimized", "disk.raw", "q.vmdk")
+    assert rules("q.vmdk", "esxi") == ["vmdk-trailing", "vmdk-adapter"]
+    assert rules("q.vmdk", "aws") == ["vmdk-trailing"]
+    assert "cut the file at byte" in dm("lint", "q.vmdk", "--for", "esxi").out
+
+
+def test_virtualbox_opens_vmdk_and_vhd():
+    dm("convert", "-f", "raw", "disk.raw", "v.vmdk").ok()
+    dm("convert", "-f", "raw", "disk.raw", "v.vhd").ok()
+    dm("convert", "-f", "raw", "disk.raw", "v.qcow2").ok()
+    assert [rules(name, "virtualbox") for name in ("v.vmdk", "v.vhd", "v.qcow2")] == [[], [], ["disk-format"]]
+    dm("convert", "--for", "virtualbox", "v.qcow2", "by-suffix.vmdk").ok()
+    assert dm("info", "--json", "by-suffix.vmdk").json["format"] == "vmdk"
+    assert dm("convert", "--for", "virtualbox", "v.qcow2", "default.disk", "--json").ok().json["format"] == "vdi"
