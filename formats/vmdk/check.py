@@ -116,7 +116,7 @@ def _check_extent(report: CheckReport, extent: Extent, name: str, repair: str | 
         if repair == "all":
             report.patches.append(Patch(schema.UNCLEAN_AT, b"\0", "clear the mark of an unclean shutdown"))
     redundant = RedundantCheck(report, extent, name, repair=repair == "all")
-    redundant.directories()
+    redundant.restore()
     if isinstance(extent, StreamExtent):
         _check_end(report, extent, name, check_stream(report, extent, name))
         return

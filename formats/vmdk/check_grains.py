@@ -25,7 +25,7 @@ _LISTED = 50
 """Findings of one kind that are listed for a batch of tables; the others are only counted."""
 _MOST_ODD = 1 << 22
 _MOST_BITS = 1 << 31
-_BATCH = 1 << 17
+BATCH = 1 << 17
 """Entries that are looked at at once."""
 _NONE = np.zeros(0, np.uint64)
 
@@ -87,7 +87,7 @@ class GrainCheck:
         """Check all tables; `also` is called with first table, last table and entries of each batch."""
         extent, count = self._extent, len(self._extent.tables)
         used = np.flatnonzero(extent.tables)
-        step, at = max(1, _BATCH // extent.entries), 0
+        step, at = max(1, BATCH // extent.entries), 0
         while at < count:
             position = int(np.searchsorted(used, at))
             if position == len(used):
@@ -102,18 +102,22 @@ class GrainCheck:
         self._finish_odd()
 
     def twice(self) -> NDArray[np.uint64]:
-        """Return the byte offsets that more than one grain uses."""
+        """Return the byte offsets of grains that lie where another does, or over one off the grid of the others."""
         return np.unique(np.concatenate(self._twice)) if self._twice else _NONE
 
     def free(self, offset: int) -> bool:
-        """Whether a grain may lie at `offset`: in the file, clear of metadata, used by no table entry."""
-        extent = self._extent
-        if offset <= 0 or offset + extent.grain > extent.source.size:
+        """Whether a grain may lie at `offset` and is used by no table entry, as far as count is kept of that."""
+        if self._used.full or offset + self._extent.grain > self._extent.source.size or not self.possible(offset):
             return False
-        if self.metadata.touched(np.array([offset], np.uint64), extent.grain)[0]:
-            return False
-        index, odd = divmod(offset - (self._residue or 0), extent.grain)
+        index, odd = divmod(offset - (self._residue or 0), self._extent.grain)
         return not odd and index >= 0 and not self._used.has(np.array([index]))[0]
+
+    def possible(self, offset: int) -> bool:
+        """Whether a grain may begin at `offset`: in the file and clear of metadata; the last one may be short."""
+        extent = self._extent
+        if not 0 < offset < extent.source.size:
+            return False
+        return not self.metadata.touched(np.array([offset], np.uint64), extent.grain)[0]
 
     def _batch(self, first: int, entries: NDArray[Any]) -> None:
         extent = self._extent
@@ -186,6 +190,7 @@ class GrainCheck:
         index = (odd.astype(np.int64) - (self._residue or 0)) // grain
         over = self._used.has(index) | self._used.has(index + 1)
         clashes = np.union1d(odd[near + 1] if len(near) else _NONE, odd[over])
+        self._twice.append(clashes)
         for offset in clashes[:_LISTED].tolist():
             self._report.add("grain", offset, f"{self._name}a grain overlaps another")
         if len(clashes) > _LISTED:

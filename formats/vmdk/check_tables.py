@@ -1,4 +1,4 @@
-"""Checking the two copies of a hosted extent's directory and tables; mending one by the other."""
+"""Checking the two copies of a hosted extent's grain tables; mending an entry where something shows which is right."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diskmorph.formats.check import Patch
-from diskmorph.formats.errors import FormatError
-from diskmorph.formats.vmdk import hosted
+from diskmorph.formats.check import CheckReport, Patch
+from diskmorph.formats.vmdk.check_directories import Judgement, grains_over
 from diskmorph.formats.vmdk.check_grains import GrainCheck, Ranges
+from diskmorph.formats.vmdk.check_restore import Restoration
+from diskmorph.formats.vmdk.directories import Directories
 from diskmorph.formats.vmdk.extent import load_tables
-from diskmorph.formats.vmdk.schema import ENTRY, FLAG_REDUNDANT, SECTOR
+from diskmorph.formats.vmdk.schema import ENTRY, FLAG_ZEROED_GRAIN, SECTOR
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from diskmorph.formats.check import CheckReport
+    from diskmorph.formats.vmdk.check_directories import Side
     from diskmorph.formats.vmdk.hosted import HostedExtent
 
 _MOST_DIFFERENCES = 1 << 16
 _LISTED = 50
-_GD_FIELD, _RGD_FIELD = 56, 48  # byte offsets of SparseHeader.gd_offset and rgd_offset
 
 
 class RedundantCheck:
@@ -29,99 +29,33 @@ class RedundantCheck:
 
     def __init__(self, report: CheckReport, extent: HostedExtent, name: str, *, repair: bool) -> None:
         self._report, self._extent, self._name, self._repair = report, extent, name, repair
-        self._primary: NDArray[np.uint64] | None = None
-        self._redundant: NDArray[np.uint64] | None = None
+        self._judged = Judgement(report, extent, name)
+        primary, redundant = self._judged.primary, self._judged.redundant
+        self._both = primary.sound & redundant.sound & (primary.tables != redundant.tables)
         self._different: list[tuple[int, int, int]] = []  # entry number, primary's and redundant's sector
+        self._blank: set[int] = set()  # tables of the primary without an entry whose other copies have some
         self._count = 0
 
-    @property
-    def _has_redundant(self) -> bool:
-        return bool(self._extent.header.flags & FLAG_REDUNDANT) and self._extent.header.rgd_offset != 0
-
-    def directories(self) -> None:
-        """Check both directories; propose to restore the one that is damaged."""
-        header = self._extent.header
-        self._primary = self._load(header.gd_offset, "grain directory")
-        if not self._has_redundant:
-            return
-        self._redundant = self._load(header.rgd_offset, "redundant grain directory")
-        if self._primary is not None and self._redundant is not None:
-            self._compare_gaps()
-        if self._primary is None and self._redundant is not None:
-            self._restore(header.gd_offset, _GD_FIELD, self._redundant, header.rgd_offset, "grain directory")
-        elif self._redundant is None and self._primary is not None:
-            self._restore(header.rgd_offset, _RGD_FIELD, self._primary, header.gd_offset, "redundant grain directory")
-
-    def _load(self, sector: int, structure: str) -> NDArray[np.uint64] | None:
-        try:
-            return hosted.directory(self._extent.source, self._extent.header, sector, structure)
-        except FormatError as error:
-            self._report.add(structure, error.offset, f"{self._name}{error.problem} ({error.place()})")
-            return None
-
-    def _compare_gaps(self) -> None:
-        primary, redundant = self._primary, self._redundant
-        if primary is None or redundant is None:
-            return
-        header = self._extent.header
-        for mine, other, sector, structure in (
-            (primary, redundant, header.gd_offset, "grain directory"),
-            (redundant, primary, header.rgd_offset, "redundant grain directory"),
-        ):
-            gaps = np.flatnonzero((mine == 0) & (other != 0))
-            if not len(gaps):
-                continue
-            at = sector * SECTOR + int(gaps[0]) * ENTRY.itemsize
-            text = f"{self._name}lacks {len(gaps)} grain tables that the other has, the first of entry {int(gaps[0])}"
-            self._report.add(structure, at, text, count=len(gaps))
-            if structure == "grain directory":
-                self._primary = None
-            else:
-                self._redundant = None
-
-    def _restore(self, sector: int, field: int, good: NDArray[np.uint64], other: int, structure: str) -> None:
-        """Propose the entries of a damaged directory: its own tables where they still lie as they were laid out."""
-        if not self._repair:
-            return
-        extent, count = self._extent, len(good)
-        size = count * ENTRY.itemsize
-        if sector == 0 or sector * SECTOR + size > extent.source.size:
-            why = f"point to the other {structure}, whose place in the file is damaged"
-            self._report.patches.append(Patch(field, other.to_bytes(8, "little"), why))
-            return
-        first = (sector + -(-size // SECTOR)) * SECTOR
-        own = np.uint64(first) + np.arange(count, dtype=np.uint64) * np.uint64(extent.table_bytes)
-        own = np.where(good == 0, np.uint64(0), own)
-        entries = (own if self._same_tables(own, good) else good) // np.uint64(SECTOR)
-        why = f"restore the {structure} from its other copy"
-        self._report.patches.append(Patch(sector * SECTOR, entries.astype(ENTRY).tobytes(), why))
-
-    def _same_tables(self, own: NDArray[np.uint64], good: NDArray[np.uint64]) -> bool:
-        extent = self._extent
-        if int(own.max(initial=0)) + extent.table_bytes > extent.source.size or np.isin(own[own != 0], good).any():
-            return False
-        for low in range(0, len(good), 256):
-            part = slice(low, low + 256)
-            ours, theirs = (load_tables(extent.source, tables[part], extent.entries, ENTRY) for tables in (own, good))
-            if not np.array_equal(ours, theirs):
-                return False
-        return True
+    def restore(self) -> None:
+        """Propose to restore what is damaged of the directories."""
+        if self._repair:
+            Restoration(self._report, self._extent, self._name, self._judged).run()
 
     def metadata(self) -> Ranges:
         """Return the byte ranges of header, descriptor, directories and tables."""
         extent, header = self._extent, self._extent.header
         directory = len(extent.tables) * ENTRY.itemsize
-        starts = [0, header.descriptor_offset * SECTOR, header.gd_offset * SECTOR]
-        sizes = [SECTOR, header.descriptor_size * SECTOR, directory]
-        if self._has_redundant:
-            starts.append(header.rgd_offset * SECTOR)
-            sizes.append(directory)
-        known = [
-            tables[tables != 0] for tables in (self._primary, self._redundant, extent.tables) if tables is not None
-        ]
-        tables = np.unique(np.concatenate(known))
+        start, size, floor = header.descriptor_offset * SECTOR, header.descriptor_size * SECTOR, self._judged.floor
+        if floor > SECTOR:  # a size that is damaged must not make metadata of grains
+            size = min(size, max(floor - start, 0))
+        pairs = [(0, floor), (start, size)]
+        for side, other in self._judged.pairs:
+            # Where none of its tables is right, the directory may be somewhere else.
+            if side.readable and (side.sound.any() or not other.sound.any()):
+                pairs.append((side.directory.sector * SECTOR, directory))
+        pairs = [(start, size) for start, size in pairs if size and start < 1 << 62]
+        tables = np.unique(np.concatenate([side.tables[side.sound] for side, _ in self._judged.pairs]))
         room = np.full(len(tables), extent.table_bytes, np.uint64)
-        pairs = [(start, size) for start, size in zip(starts, sizes, strict=True) if size and start < 1 << 62]
         return Ranges(
             np.concatenate((np.array([start for start, _ in pairs], np.uint64), tables)),
             np.concatenate((np.array([size for _, size in pairs], np.uint64), room)),
@@ -129,57 +63,105 @@ class RedundantCheck:
 
     def compare(self, first: int, last: int, entries: NDArray[Any]) -> None:
         """Note entries in which the two copies of tables first..last differ; `entries` are those that are read."""
-        if self._primary is None or self._redundant is None:
+        both = self._both[first:last]
+        if not both.any():
             return
         extent = self._extent
-        other = load_tables(extent.source, self._redundant[first:last], extent.entries, ENTRY)
-        missing = np.repeat(self._redundant[first:last] == 0, extent.entries)
-        differ = np.flatnonzero((entries != other) & ~missing)
+        tables = np.where(both, self._judged.redundant.tables[first:last], np.uint64(0))
+        other = load_tables(extent.source, tables, extent.entries, ENTRY)
+        differ = np.flatnonzero((entries != other) & np.repeat(both, extent.entries))
         self._count += len(differ)
-        for index in differ[: max(0, _MOST_DIFFERENCES - len(self._different))].tolist():
+        listed = differ[: max(0, _MOST_DIFFERENCES - len(self._different))]
+        for index in listed.tolist():
             self._different.append((first * extent.entries + index, int(entries[index]), int(other[index])))
+        for table in np.unique(listed // extent.entries).tolist():
+            if not entries[table * extent.entries : (table + 1) * extent.entries].any():
+                self._blank.add(first + table)
 
     def conclude(self, grains: GrainCheck) -> None:
-        """Tell of the differences, and decide for each which copy is right."""
-        twice = set(grains.twice().tolist())
-        for listed, (number, mine, other) in enumerate(self._different):
-            if listed < _LISTED:
-                at = self._entry_at(self._primary, number)
-                text = f"the entry of grain {number} is {mine}, in the redundant table {other}"
-                self._report.add("grain table", at, self._name + text)
-            if self._repair:
-                self._mend(number, mine, other, grains, twice)
+        """Tell of the differences; with `repair` propose those entries of which something shows which is right."""
+        for number, mine, other in self._different[:_LISTED]:
+            text = f"the entry of grain {number} is {mine}, in the redundant table {other}"
+            self._report.add("grain table", self._entry_at(self._judged.primary, number), self._name + text)
         rest = self._count - min(len(self._different), _LISTED)
         if rest:
             text = f"{self._name}{rest} more entries differ from the redundant tables"
             self._report.add("grain table", None, text, count=rest)
+        if self._repair and self._different:
+            self._mend(grains)
 
-    def _mend(self, number: int, mine: int, other: int, grains: GrainCheck, twice: set[int]) -> None:
-        place = mine * SECTOR
-        wrong = mine != 0 and not self._is_zeroed(mine) and (place in twice or not self._could_be(place, grains))
-        better = other == 0 or self._is_zeroed(other) or grains.free(other * SECTOR)
-        take_other = (wrong and better) or (mine == 0 and other != 0 and better)
-        if wrong and not better:
-            return
-        target, value = (self._primary, other) if take_other else (self._redundant, mine)
-        at = self._entry_at(target, number)
-        if at is not None:
-            why = f"restore the table entry of grain {number} from the {'redundant' if take_other else 'primary'} copy"
-            self._report.patches.append(Patch(at, value.to_bytes(ENTRY.itemsize, "little"), why))
+    def _mend(self, grains: GrainCheck) -> None:
+        choice = _Choice(self._extent, grains, self._redundant_grains(grains))
+        patches = []
+        tables = np.zeros(len(self._both), np.bool_)
+        tables[[number // self._extent.entries for number, _, _ in self._different]] = True
+        tables, orphans = self._judged.mendable(tables), self._judged.has_orphans
+        for number, mine, other in self._different:
+            if not tables[number // self._extent.entries] or (orphans and mine == 0):
+                continue
+            blank = number // self._extent.entries in self._blank
+            if choice.takes_other(mine, other, blank=blank):
+                patches.append(self._patch(self._judged.primary, number, other, "redundant"))
+            elif choice.takes_mine(mine, other):
+                patches.append(self._patch(self._judged.redundant, number, mine, "primary"))
+        places = np.array([patch.offset for patch in patches], np.uint64)
+        over = np.zeros(len(places), np.bool_)
+        for side, _ in self._judged.pairs:
+            over |= grains_over(self._extent, side.relied, places, ENTRY.itemsize, self._judged.floor)
+        self._report.patches.extend(patch for patch, bad in zip(patches, over.tolist(), strict=True) if not bad)
 
-    def _is_zeroed(self, sector: int) -> bool:
-        return sector == 1 and self._extent.header.version >= 2
+    def _redundant_grains(self, grains: GrainCheck) -> GrainCheck:
+        """Return what is known of the grains by the redundant tables, by the primary's where those are not sound."""
+        extent, primary, redundant = self._extent, self._judged.primary, self._judged.redundant
+        tables = np.where(redundant.sound, redundant.tables, primary.relied)
+        view = type(extent)(extent.source, extent.header, Directories(tables), extent.size)
+        found = GrainCheck(CheckReport("vmdk"), view, self._name, grains.metadata)
+        found.run()
+        return found
 
-    def _could_be(self, place: int, grains: GrainCheck) -> bool:
-        extent = self._extent
-        if place + extent.grain > extent.source.size:
-            return False
-        return not grains.metadata.touched(np.array([place], np.uint64), extent.grain)[0]
-
-    def _entry_at(self, tables: NDArray[np.uint64] | None, number: int) -> int | None:
-        """Return the byte offset in the file of a grain's entry in these tables."""
-        if tables is None:
-            return None
+    def _entry_at(self, side: Side, number: int) -> int:
+        """Return the byte offset in the file of a grain's entry in a side's tables."""
         table, index = divmod(number, self._extent.entries)
-        start = int(tables[table])
-        return start + index * ENTRY.itemsize if start else None
+        return int(side.tables[table]) + index * ENTRY.itemsize
+
+    def _patch(self, side: Side, number: int, value: int, source: str) -> Patch:
+        why = f"restore the table entry of grain {number} from the {source} copy"
+        return Patch(self._entry_at(side, number), value.to_bytes(ENTRY.itemsize, "little"), why)
+
+
+class _Choice:
+    """Says which of two entries is right; neither, where nothing shows it.
+
+    A wrong entry names a place that no grain can have, or one that by the same copy another grain has too; the other
+    copy must know an owner of it, or it could be either of the two.
+    """
+
+    def __init__(self, extent: HostedExtent, primary: GrainCheck, redundant: GrainCheck) -> None:
+        self._zeroed = bool(extent.header.flags & FLAG_ZEROED_GRAIN)
+        self._primary, self._redundant = primary, redundant
+        self._twice = set(primary.twice().tolist()), set(redundant.twice().tolist())
+
+    def takes_other(self, mine: int, other: int, *, blank: bool) -> bool:
+        """Whether the primary's entry must become the redundant one; `blank`: its whole table has no entry."""
+        place, instead = mine * SECTOR, other * SECTOR
+        impossible = self._is_grain(mine) and not self._primary.possible(place)
+        if not self._is_grain(other):
+            # What can be read now stays as it is.
+            return impossible or (blank and mine == 0)
+        if instead in self._twice[1] or not self._primary.free(instead):
+            return False
+        twice = self._is_grain(mine) and place in self._twice[0] and not self._redundant.free(place)
+        return mine == 0 or impossible or twice
+
+    def takes_mine(self, mine: int, other: int) -> bool:
+        """Whether the redundant entry must become the primary's, if the primary's stays."""
+        place, instead = mine * SECTOR, other * SECTOR
+        if self._is_grain(mine) and (place in self._twice[0] or not self._redundant.free(place)):
+            return False
+        if not self._is_grain(other):
+            return other == 0
+        twice = instead in self._twice[1] and not self._primary.free(instead)
+        return twice or not self._redundant.possible(instead)
+
+    def _is_grain(self, entry: int) -> bool:
+        return entry != 0 and not (self._zeroed and entry == 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,14 +11,14 @@ from diskmorph.formats.codecs import decode_exactly
 from diskmorph.formats.errors import DiskmorphError, FormatError, UnsupportedError
 from diskmorph.formats.extents import DATA, HOLE, ZERO, ZLIB
 from diskmorph.formats.vmdk import schema
-from diskmorph.formats.vmdk.extent import GrainTables, load_directory, require_tables
+from diskmorph.formats.vmdk.directories import Directories, tables_of
+from diskmorph.formats.vmdk.extent import GrainTables
 from diskmorph.formats.vmdk.schema import (
     DIRECTORY_AT_END,
     ENTRY,
     FLAG_COMPRESSED,
     FLAG_MARKERS,
     FLAG_NEWLINES,
-    FLAG_REDUNDANT,
     FLAG_ZEROED_GRAIN,
     GRAIN_MARKER,
     KNOWN_FLAGS,
@@ -38,15 +38,6 @@ _MAX_GRAIN = 1 << 21
 _MAX_ENTRIES = 1 << 16
 _TAIL = 1 << 20
 """How many bytes of zeroes behind the footer are looked past."""
-
-
-@dataclass(frozen=True, slots=True)
-class Directories:
-    """What the reader goes by: the byte offset of each grain table, and whether the redundant directory gave it."""
-
-    tables: NDArray[np.uint64]
-    redundant: bool = False
-    warnings: tuple[str, ...] = ()
 
 
 def _wrong(source: ByteSource, field: str, expected: object, found: object, problem: str) -> FormatError:
@@ -112,11 +103,6 @@ def _require_geometry(source: ByteSource, header: SparseHeader) -> None:
         raise _wrong(source, "compression", int(compressed), header.compression, "flags and compression contradict")
 
 
-def tables_of(header: SparseHeader) -> int:
-    """Return how many grain tables the capacity needs."""
-    return -(-header.capacity // (header.grain_size * header.table_entries))
-
-
 def read_header(source: ByteSource, limits: Limits) -> SparseHeader:
     """Return the header with the directory's place from the footer, if it says so, and its sizes within limits."""
     header = parse_header(source)
@@ -165,59 +151,6 @@ def footer_offset(source: ByteSource) -> int:
         expected="a footer 1024 bytes before the end",
         found=f"the end at {source.size}",
     )
-
-
-def directories(source: ByteSource, header: SparseHeader) -> Directories:
-    """Return the grain directory to go by: the primary one, or the redundant one where the primary is damaged.
-
-    Damaged: not in the file, entries beyond it or over each other, or zero where the redundant one is not. Raises
-    FormatError where both are damaged.
-    """
-    failure: FormatError | None = None
-    primary: NDArray[np.uint64] | None = None
-    try:
-        primary = directory(source, header, header.gd_offset, "grain directory")
-    except FormatError as error:
-        failure = error
-    if not header.flags & FLAG_REDUNDANT or header.rgd_offset == 0:
-        return _only(primary, failure)
-    try:
-        redundant = directory(source, header, header.rgd_offset, "redundant grain directory")
-    except FormatError:
-        return _only(primary, failure)
-    if primary is None:
-        return Directories(redundant, True, (f"the redundant grain directory is used: {failure}",))
-    missing = np.flatnonzero((primary == 0) & (redundant != 0))
-    if not missing.size:
-        return Directories(primary)
-    if ((redundant == 0) & (primary != 0)).any():
-        raise FormatError(
-            "both grain directories have gaps that the other lacks",
-            file=source.name,
-            format="vmdk",
-            structure="grain directory",
-            field=f"entry {int(missing[0])}",
-            offset=header.gd_offset * SECTOR + int(missing[0]) * ENTRY.itemsize,
-        )
-    return Directories(
-        redundant, True, (f"the redundant grain directory is used: the primary lacks {missing.size} grain tables",)
-    )
-
-
-def _only(primary: NDArray[np.uint64] | None, failure: FormatError | None) -> Directories:
-    if primary is None:
-        raise failure or FormatError("there is no grain directory", format="vmdk", structure="grain directory")
-    return Directories(primary)
-
-
-def directory(source: ByteSource, header: SparseHeader, sector: int, name: str) -> NDArray[np.uint64]:
-    """Return the byte offsets of the grain tables that the directory at `sector` names, checked against the file."""
-    count = tables_of(header)
-    if not count:
-        return np.zeros(0, np.uint64)
-    tables = load_directory(source, sector, count, ENTRY, name).astype(np.uint64) * np.uint64(SECTOR)
-    require_tables(source, tables, header.table_entries * ENTRY.itemsize, name)
-    return tables
 
 
 class HostedExtent(GrainTables):

@@ -13,7 +13,7 @@ from diskmorph.formats.disk import ImageDisk, ImageInfo, ParentRef
 from diskmorph.formats.errors import FormatError, UnsupportedError
 from diskmorph.formats.extents import ABSENT, DATA, HOLE, ZERO
 from diskmorph.formats.vmdk import descriptor as text
-from diskmorph.formats.vmdk import hosted, schema
+from diskmorph.formats.vmdk import directories, hosted, schema
 from diskmorph.formats.vmdk.esx import CowdExtent, SeSparseExtent
 from diskmorph.formats.vmdk.extent import Extent, FlatExtent, ZeroExtent
 from diskmorph.formats.vmdk.schema import FLAG_COMPRESSED, FLAG_MARKERS, SECTOR
@@ -179,7 +179,7 @@ def open_sparse(source: ByteSource, sectors: int | None, context: OpenContext, e
     if head[:4] == schema.HOSTED_MAGIC:
         header = hosted.read_header(source, context.limits)
         require_capacity(source, header.capacity, header.grain_size, sectors)
-        found = hosted.directories(source, header)
+        found = directories.directories(source, header)
         kind = hosted.StreamExtent if header.flags & FLAG_COMPRESSED else hosted.HostedExtent
         _require_end(source, header, found)
         return kind(source, header, found, header.capacity * SECTOR if size is None else size, empty)
@@ -219,7 +219,7 @@ def require_capacity(source: ByteSource, capacity: int, grain: int, sectors: int
     )
 
 
-def _require_end(source: ByteSource, header: SparseHeader, found: hosted.Directories) -> None:
+def _require_end(source: ByteSource, header: SparseHeader, found: directories.Directories) -> None:
     """Raise FormatError if a stream whose directory follows its grains lacks the end-of-stream marker behind it."""
     if not header.flags & FLAG_MARKERS or header.gd_offset <= header.overhead or not len(found.tables):
         return
