@@ -35,6 +35,7 @@ _KINDS = {
     "sesparse": {"SESPARSE"},
     "custom": {"FLAT", "SPARSE"},
 }
+_PIECE = 1 << 20
 _ADAPTERS = {"ide", "buslogic", "lsilogic", "legacyesx", "pvscsi", "lsisas1068", "sata", "nvme"}
 
 
@@ -130,8 +131,20 @@ def _check_end(report: CheckReport, extent: StreamExtent, name: str, used: int) 
     source, marker = extent.source, SECTOR
     if hosted.parse_header(source).gd_offset == schema.DIRECTORY_AT_END:
         used = hosted.footer_offset(source) + SECTOR
-    over = source.size - used - marker
-    if over < 0:
+    end = used + marker
+    if source.size < end:
         report.add("end-of-stream marker", used, f"{name}there is no end-of-stream marker", WARNING)
-    elif over > 0:
-        report.add("end-of-stream marker", used + marker, f"{name}{over} bytes follow the end of the stream", LEAK)
+    elif source.size > end and _is_zero(source, end):
+        text = f"{name}{source.size - end} bytes of zeroes follow the end of the stream"
+        report.add("end-of-stream marker", end, text, WARNING)
+    elif source.size > end:
+        report.add("end-of-stream marker", end, f"{name}{source.size - end} bytes follow the end of the stream", LEAK)
+
+
+def _is_zero(source: ByteSource, start: int) -> bool:
+    """Whether all bytes from `start` on are zero."""
+    for at, length, allocated in source.runs(start, source.size):
+        for piece in range(at, at + length if allocated else at, _PIECE):
+            if any(source.view(piece, min(_PIECE, at + length - piece))):
+                return False
+    return True

@@ -199,7 +199,7 @@ class GrainCheck:
 
 
 def check_stream(report: CheckReport, extent: StreamExtent, name: str) -> int:
-    """Check every marker of a stream; return the byte where the last grain or table ends."""
+    """Check every marker and grain of a stream; return the byte where the last grain or table ends."""
     _check_table_markers(report, extent, name)
     tables = extent.tables[extent.tables != 0]
     used = [int(tables.max()) + extent.table_bytes if len(tables) else 0]
@@ -238,7 +238,8 @@ def _marker_ends(
         source.read_into(place, view)
         marker = np.frombuffer(raw, GRAIN_MARKER, 1)[0]
         lba, size = int(marker["lba"]), int(marker["size"])
-        if lba * SECTOR != start:
+        right = lba * SECTOR == start
+        if not right:
             report.add("grain marker", place, f"{name}the marker says sector {lba}, the table {start // SECTOR}")
         if not 0 < size <= extent.most:
             report.add("grain marker", place, f"{name}the grain of disk offset {start} has {size} stored bytes")
@@ -247,7 +248,17 @@ def _marker_ends(
             report.add("grain", place, f"{name}the grain of disk offset {start} lies beyond the end of the file")
             continue
         ends[index] = place + -(-(MARKER_BYTES + size) // SECTOR) * SECTOR
+        if right:
+            _check_content(report, extent, name, place, size)
     return ends
+
+
+def _check_content(report: CheckReport, extent: StreamExtent, name: str, place: int, size: int) -> None:
+    """Decode a grain: its stream ends in a checksum."""
+    try:
+        extent.decode(place + MARKER_BYTES, size)
+    except FormatError as error:
+        report.add("grain", place, f"{name}{error.problem} ({error.place()})")
 
 
 def _check_overlaps(report: CheckReport, name: str, places: NDArray[np.uint64], ends: NDArray[np.uint64]) -> int:
