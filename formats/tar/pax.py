@@ -16,9 +16,11 @@ if TYPE_CHECKING:
 
 Pax = dict[bytes, bytes]
 
+LONGEST_TIME = 16
+"""Digits of seconds: a year of more than ten digits is no date to the C library."""
+
 _XATTR, _LIBARCHIVE = b"SCHILY.xattr.", b"LIBARCHIVE.xattr."
 _NO_NUL = (b"path", b"linkpath", b"GNU.sparse.name")
-_LONGEST_TIME = 16  # digits of seconds: a year of more than ten digits is no date to the C library
 _SPARSE_PAIR = (b"GNU.sparse.offset", b"GNU.sparse.numbytes")
 
 
@@ -116,7 +118,7 @@ def nanoseconds(text: bytes, file: str, at: int) -> int:
     """Return a decimal time such as `1700000000.123456789` in nanoseconds; digits beyond are cut off."""
     whole, _, part = text.partition(b".")
     digits = whole.removeprefix(b"-")
-    if len(digits) > _LONGEST_TIME or not (digits + part).isdigit():
+    if len(digits) > LONGEST_TIME or not (digits + part).isdigit():
         raise _damaged("an extended header is damaged", file, at, field="mtime", found=text[:40])
     value = int(digits or b"0") * 10**9 + int(part[:9].ljust(9, b"0"))
     return -value if text.startswith(b"-") else value

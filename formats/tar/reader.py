@@ -14,7 +14,7 @@ from diskmorph.formats.errors import FormatError, UnsupportedError
 from diskmorph.formats.limits import Limits
 from diskmorph.formats.numbers import whole_number
 from diskmorph.formats.tar import schema as s
-from diskmorph.formats.tar.pax import Pax, parse_records
+from diskmorph.formats.tar.pax import LONGEST_TIME, Pax, parse_records
 from diskmorph.formats.tar.sparse import sparse_of_header, sparse_of_pax
 from diskmorph.formats.tree import Node, Piece, Tree
 
@@ -226,6 +226,7 @@ class _Walker:
             raise _damaged(self._source, "the archive is cut off: it has no end mark", at, expected="a zero block")
 
 
+_MOST = 10**LONGEST_TIME
 _NUMBERS = ("mode", "uid", "gid", "mtime", "devmajor", "devminor")
 
 
@@ -329,7 +330,7 @@ class _Parser:
         column: list[int] = values.tolist()
         for index in np.flatnonzero(odd).tolist():
             value = s.number(field[index].tobytes())
-            most = _MOST_ID if name in {"uid", "gid"} else 1 << 62
+            most = _MOST_ID if name in {"uid", "gid"} else _MOST
             used = name not in {"devmajor", "devminor"} or batch[index].header[156] in b"34"
             if value is None or (value < 0 and name != "mtime") or abs(value) > most:
                 if used:

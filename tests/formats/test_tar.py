@@ -290,6 +290,10 @@ _HOSTILE = {
     "negative size": ([sealed(_GOOD[:124] + b"\xff" * 12 + _GOOD[136:512])], "damaged"),
     "size beyond the end": ([sealed(_GOOD[:124] + b"77777777777\0" + _GOOD[136:512])], "cut off"),
     "huge size": ([sealed(_GOOD[:124] + b"\x80" + b"\x7f" * 11 + _GOOD[136:512])], "cut off"),
+    "mtime beyond all dates": (
+        [sealed(_GOOD[:136] + b"\x80" + b"\x0f".rjust(4, b"\0") + bytes(7) + _GOOD[148:512])],
+        "damaged",
+    ),
     "size below zero": ([sealed(_GOOD[:124] + b"-0000001000\0" + _GOOD[136:512])], "damaged"),
     "size is no number": ([sealed(_GOOD[:124] + b"hello\0\0\0\0\0\0\0" + _GOOD[136:512])], "damaged"),
     "uid negative": ([sealed(_GOOD[:108] + b"\xff" * 8 + _GOOD[116:512]) + _GOOD[512:]], "damaged"),
