@@ -31,7 +31,7 @@ def parent_patches(source: ByteSource, parent: NewParent) -> list[Patch]:
     start, size = _place(source)
     raw = source.read(start, size)
     text = raw.split(b"\0", 1)[0]
-    name = parent.name.encode("utf-8", "surrogateescape")
+    name = parent.unicode_name().encode()
     lines = b'parentCID=%08x\nparentFileNameHint="%s"' % (int(parent.identity["cid"], 16), name)
     text, count = _CID.subn(lambda _: lines, _HINT.sub(b"", text), count=1)
     if not count:

@@ -110,6 +110,17 @@ def test_bad_words():
     assert dm("rebase", "base.qcow2", "-b", "other.qcow2", "--unsafe").status == 1
 
 
+@pytest.mark.parametrize("kind", ["vmdk", "vhdx"])
+def test_a_name_that_is_not_utf_8_leaves_the_image_as_it_is(kind: str):
+    make(kind)
+    strange = os.fsdecode(b"caf\xe9.") + kind
+    os.rename(f"other.{kind}", strange)
+    kept = Path(f"top.{kind}").read_bytes()
+    done = dm("rebase", f"top.{kind}", "-b", strange, "--unsafe", "--allow-parent", ".")
+    assert done.status == 2 and "not UTF-8" in done.err
+    assert Path(f"top.{kind}").read_bytes() == kept
+
+
 def test_a_vhds_long_name_moves_the_footer():
     make("vhd")
     folder = Path("x" * 200, "y" * 200)
