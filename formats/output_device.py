@@ -27,16 +27,28 @@ class DeviceMember(Member):
         flags = os.O_RDWR | os.O_CLOEXEC | os.O_EXCL  # O_EXCL: refused while mounted or held
         try:
             self._fd = os.open(path, flags)
-            if not stat.S_ISBLK(os.fstat(self._fd).st_mode):
-                raise TargetError("is not a block device", file=self.name)
-            self.capacity = os.lseek(self._fd, 0, os.SEEK_END)
         except OSError as error:
             hint = "unmount it and stop what holds it" if error.errno == errno.EBUSY else None
             raise TargetError(
                 f"cannot be opened: {os.strerror(error.errno or 0)}", file=self.name, hint=hint
             ) from error
-        if self.capacity < size:
-            raise TargetError("is too small", file=self.name, expected=f"{size} bytes", found=self.capacity)
+        try:
+            self.capacity = self._measured(size)
+        except BaseException:
+            self.close()
+            raise
+
+    def _measured(self, least: int) -> int:
+        """Return the bytes that the device has. Raises TargetError where it is none, or has not `least`."""
+        try:
+            if not stat.S_ISBLK(os.fstat(self._fd).st_mode):
+                raise TargetError("is not a block device", file=self.name)
+            capacity = os.lseek(self._fd, 0, os.SEEK_END)
+        except OSError as error:
+            raise failed(error, self.name, "measured") from error
+        if capacity < least:
+            raise TargetError("is too small", file=self.name, expected=f"{least} bytes", found=capacity)
+        return capacity
 
     def write(self, offset: int, data: Buffer) -> None:
         """See Member."""

@@ -13,6 +13,7 @@ import pytest
 
 from diskmorph.formats.errors import IntegrityError, TargetError
 from diskmorph.formats.output import FileMember, FileTarget, StreamTarget
+from diskmorph.formats.output_device import DeviceTarget
 
 
 def names(folder: Path) -> set[str]:
@@ -206,3 +207,54 @@ def test_a_pipe_that_does_not_block_gets_all(buffering):
     thread.join()
     os.close(source)
     assert bytes(got) == content
+
+
+class Keeping:
+    """A keeper that wants what is unfinished."""
+
+    suffix = "resume"
+    fresh = True
+
+    def kept(self):
+        return True
+
+
+def failing(*_words, **_more):
+    raise OSError(5, "Input/output error")
+
+
+def descriptors():
+    return set(os.listdir("/proc/self/fd"))
+
+
+def test_a_device_that_is_refused_is_closed(tmp_path, monkeypatch):
+    (tmp_path / "a").write_bytes(bytes(4096))
+    before = descriptors()
+    with pytest.raises(TargetError, match="not a block device"):
+        DeviceTarget(tmp_path / "a", 0)
+    monkeypatch.setattr(stat, "S_ISBLK", lambda _: True)
+    with pytest.raises(TargetError, match="too small"):
+        DeviceTarget(tmp_path / "a", 8192)
+    monkeypatch.setattr(os, "lseek", failing)
+    with pytest.raises(TargetError, match="Input/output error"):
+        DeviceTarget(tmp_path / "a", 0)
+    assert descriptors() == before
+
+
+@pytest.mark.parametrize("call", ["fstat", "ftruncate"])
+def test_an_unfinished_file_that_fails_is_closed(tmp_path, monkeypatch, call):
+    before = descriptors()
+    monkeypatch.setattr(os, call, failing)
+    with pytest.raises(TargetError, match="Input/output error"):
+        FileTarget(tmp_path, ["a"], keeper=Keeping())
+    monkeypatch.undo()
+    assert descriptors() == before
+
+
+def test_a_mode_that_cannot_be_kept_fails(tmp_path, monkeypatch):
+    (tmp_path / "a").write_bytes(b"old")
+    with FileTarget(tmp_path, ["a"], force=True) as target:
+        monkeypatch.setattr(os, "fchmod", failing)
+        with pytest.raises(TargetError, match="mode of the old file"):
+            target.commit([0])
+    assert (tmp_path / "a").read_bytes() == b"old"
