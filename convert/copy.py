@@ -16,7 +16,7 @@ from diskmorph.convert.plain import PlainHand, Ways
 from diskmorph.convert.recording import RecordingHand, replay
 from diskmorph.convert.windows import CLONE_ALIGN, Grid, everything, pair_windows, windows
 from diskmorph.convert.workers import Crew
-from diskmorph.formats.errors import IntegrityError, OptionError
+from diskmorph.formats.errors import DiskmorphError, IntegrityError, OptionError
 from diskmorph.formats.extents import HOLE, PLAIN, ZERO
 
 if TYPE_CHECKING:
@@ -102,8 +102,11 @@ def run(
             hands = [RecordingHand(hand, journal) for hand in hands]
             try:
                 Crew(hands, left, transfer.rate).run(lambda done: tick(done + journal.resumed))
-            finally:
-                journal.checkpoint()
+            except BaseException:
+                with contextlib.suppress(DiskmorphError):  # the first failure is told
+                    journal.checkpoint()
+                raise
+            journal.checkpoint()
         if writer is not None:
             writer.tables(allocator.finish())
         else:

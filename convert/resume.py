@@ -7,12 +7,13 @@ asked to place. At a checkpoint the files are synced first, then the lines of al
 and synced: what the journal tells of is on stable storage, in the order of the disk, without gaps.
 
 Resuming asks a fresh allocator to place the same runs again, which moves no data, cuts off what was written beyond, and
-goes on. The journal is removed when all is synced, before the target gets its name.
+goes on. The journal is removed when the target has its name; one whose unfinished files are gone begins anew.
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -142,45 +143,56 @@ class Journal:
         try:
             while True:
                 fd = os.open(self.path, flags, 0o600)
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                status = os.fstat(fd)
-                if status.st_nlink:  # not removed by a run that ended just now
-                    break
+                try:
+                    if self._locked(fd):
+                        return fd
+                except BaseException:
+                    os.close(fd)
+                    raise
                 os.close(fd)
         except BlockingIOError as error:
-            os.close(fd)
             raise TargetError("is being written by another process", file=str(self.path)) from error
         except OSError as error:
-            raise TargetError(f"cannot be kept: {os.strerror(error.errno or 0)}", file=str(self.path)) from error
+            raise self._failed(error) from error
+
+    def _locked(self, fd: int) -> bool:
+        """Lock the journal; False where a run that ended just now removed it. Raises OSError, PolicyError."""
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
-            os.close(fd)
             raise PolicyError("is not a file of yours: what it tells is not trusted", file=str(self.path))
-        return fd
+        return status.st_nlink > 0
+
+    def _failed(self, error: OSError, doing: str = "kept") -> TargetError:
+        return TargetError(f"cannot be {doing}: {os.strerror(error.errno or 0)}", file=str(self.path))
 
     def _load(self, facts: dict[str, Any]) -> tuple[dict[str, Any], int, int]:
         """Return the first line, the bytes of whole lines, how many windows they tell of; begin anew if it is cut."""
         with open(self._fd, "rb", closefd=False) as file:
-            begun = _parsed(file.readline())
-            if begun is None or begun.get("version") != _VERSION:
+            begun = _first(file.readline())
+            if begun is None:
                 return self._begin(facts), os.lseek(self._fd, 0, os.SEEK_CUR), 0
             self._require_same(begun["facts"], facts)
             good, count = file.tell(), 0
             for line in file:
-                if _parsed(line) is None:
+                if _record(line, 0) is None:
                     break
                 good, count = good + len(line), count + 1
         return begun, good, count
 
     def _begin(self, facts: dict[str, Any]) -> dict[str, Any]:
         begun = {"version": _VERSION, "seed": secrets.token_hex(32), "time": time.time(), "facts": facts}
-        os.ftruncate(self._fd, 0)
-        os.lseek(self._fd, 0, os.SEEK_SET)
-        self._write((json.dumps(begun) + "\n").encode())
-        folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+            os.ftruncate(self._fd, 0)
+            os.lseek(self._fd, 0, os.SEEK_SET)
+            self._write((json.dumps(begun) + "\n").encode())
+            folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+        except OSError as error:
+            raise self._failed(error) from error
         return begun
 
     def _require_same(self, then: dict[str, Any], now: dict[str, Any]) -> None:
@@ -198,7 +210,7 @@ class Journal:
                 data = data[os.write(self._fd, data) :]
             os.fdatasync(self._fd)
         except OSError as error:
-            raise TargetError(f"cannot be written: {os.strerror(error.errno or 0)}", file=str(self.path)) from error
+            raise self._failed(error, "written") from error
 
     # --- what is known from before
 
@@ -206,6 +218,10 @@ class Journal:
     def fresh(self) -> bool:
         """Return whether nothing was done before that could be gone on with."""
         return not self.records_kept
+
+    def forget(self) -> None:
+        """Begin anew: what was done before is gone."""
+        self.records_kept = 0
 
     def identity(self) -> Identity:
         """Return where UUIDs and times come from: the same at every try."""
@@ -220,10 +236,9 @@ class Journal:
                 at += len(line)
                 if at > self._good:
                     return
-                row = _parsed(line)
-                assert row is not None  # noqa: S101 - `_load` saw it
-                runs = np.frombuffer(zlib.decompress(base64.b64decode(row["runs"])), RUN).copy()
-                yield Record(row["start"], row["stop"], tuple(row["moved"]), runs, at)
+                record = _record(line, at)
+                assert record is not None  # noqa: S101 - `_load` saw it
+                yield record
 
     def take(self, record: Record) -> None:
         """Count a window that need not be done again."""
@@ -234,8 +249,11 @@ class Journal:
     def go_on(self, after: Record | None, files: Sequence[int]) -> None:
         """Forget what was told after `after` (None: everything); `files` are the descriptors that are synced."""
         end = after.end if after is not None else len(json.dumps(self.begun)) + 1
-        os.ftruncate(self._fd, end)
-        os.lseek(self._fd, end, os.SEEK_SET)
+        try:
+            os.ftruncate(self._fd, end)
+            os.lseek(self._fd, end, os.SEEK_SET)
+        except OSError as error:
+            raise self._failed(error, "cut") from error
         self._files = files
 
     # --- what is done now
@@ -268,7 +286,7 @@ class Journal:
                 for fd in self._files:
                     os.fdatasync(fd)
             except OSError as error:
-                raise TargetError(f"cannot be synced: {os.strerror(error.errno or 0)}", file=str(self.path)) from error
+                raise self._failed(error, "synced") from error
             self._write(b"".join(lines))
             self.records_kept += len(lines)
 
@@ -288,17 +306,21 @@ class Journal:
         """Return whether the target's parts shall stay: something is done, and not all."""
         return self.records_kept > 0 and not self._finished
 
-    def synced(self) -> None:
-        """Remove the journal: the target is complete and on stable storage, and gets its name now."""
+    def published(self) -> None:
+        """Remove the journal: the target is complete and has its name. Raises TargetError."""
         self._finished = True
-        self.path.unlink(missing_ok=True)
+        try:
+            self.path.unlink(missing_ok=True)
+        except OSError as error:
+            raise self._failed(error, "removed, though the target is complete") from error
 
     def close(self) -> None:
         """Let another process go on; a journal that tells of nothing is removed."""
         if self._fd < 0:
             return
         if not self.kept() and not self._finished:
-            self.path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self.path.unlink(missing_ok=True)
         os.close(self._fd)
         self._fd = -1
 
@@ -319,6 +341,32 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
         return None
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) else None
+
+
+def _first(line: bytes) -> dict[str, Any] | None:
+    """Return what a journal's first line says, None if it is damaged or another version's."""
+    row = _parsed(line)
+    if row is None or row.get("version") != _VERSION or not isinstance(row.get("facts"), dict):
+        return None
+    try:
+        bytes.fromhex(row["seed"]), float(row["time"])
+    except (KeyError, TypeError, ValueError):
+        return None
+    return row
+
+
+def _record(line: bytes, end: int) -> Record | None:
+    """Return the window that a line tells of, which ends at `end` in the journal; None if it is damaged."""
+    row = _parsed(line)
+    if row is None:
+        return None
+    try:
+        runs = np.frombuffer(zlib.decompress(base64.b64decode(row["runs"])), RUN).copy()
+        moved = tuple(map(int, row["moved"]))
+        record = Record(int(row["start"]), int(row["stop"]), moved, runs, end)
+    except (KeyError, TypeError, ValueError, zlib.error):  # binascii.Error is a ValueError
+        return None
+    return record if len(moved) == len(_COUNTS) else None

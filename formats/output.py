@@ -80,8 +80,11 @@ class Keeper(Protocol):
     def kept(self) -> bool:
         """Return whether unfinished files shall stay now."""
 
-    def synced(self) -> None:
-        """Take notice: all is on stable storage, names come next."""
+    def forget(self) -> None:
+        """Take notice: an unfinished file is gone, and so is all that was done."""
+
+    def published(self) -> None:
+        """Take notice: all is on stable storage and has its name."""
 
 
 class FileMember(Member):
@@ -105,20 +108,35 @@ class FileMember(Member):
         self._reserving = gains(self._fd)
 
     def _resume(self, keeper: Keeper) -> int:
-        name = f".{self.path.name[:200]}.{keeper.suffix}.part"
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        name = self._part(keeper)
         try:
-            fd = os.open(name, flags, 0o666, dir_fd=self._directory)
-            status = os.fstat(fd)
-            if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_nlink != 1:
+            fd = self._open_part(name, keeper)
+            try:
+                self._require_own(fd, name)
+            except BaseException:
                 os.close(fd)
-                raise TargetError("is not an unfinished file of yours", file=str(self.path.with_name(name)))
-            if keeper.fresh:
-                os.ftruncate(fd, 0)
+                raise
         except OSError as error:
             raise failed(error, str(self.path.with_name(name)), "opened") from error
         self._temporary = name
         return fd
+
+    def _part(self, keeper: Keeper) -> str:
+        return f".{self.path.name[:200]}.{keeper.suffix}.part"
+
+    def _open_part(self, name: str, keeper: Keeper) -> int:
+        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+        if not keeper.fresh:
+            try:
+                return os.open(name, flags, dir_fd=self._directory)
+            except FileNotFoundError:
+                keeper.forget()
+        return os.open(name, flags | os.O_CREAT, 0o666, dir_fd=self._directory)
+
+    def _require_own(self, fd: int, name: str) -> None:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_nlink != 1:
+            raise TargetError("is not an unfinished file of yours", file=str(self.path.with_name(name)))
 
     def _create(self) -> int:
         try:
@@ -176,8 +194,11 @@ class FileMember(Member):
             raise failed(error, self.name, "synced") from error
 
     def keep_ownership_of(self, old: os.stat_result) -> None:
-        """Take over mode and owner of the file that is replaced, as far as allowed."""
-        os.fchmod(self._fd, stat.S_IMODE(old.st_mode))
+        """Take over the mode of the file that is replaced, and its owner as far as allowed. Raises TargetError."""
+        try:
+            os.fchmod(self._fd, stat.S_IMODE(old.st_mode))
+        except OSError as error:  # the new file might be open to more users than the old one
+            raise failed(error, self.name, "given the mode of the old file") from error
         with contextlib.suppress(OSError):
             os.fchown(self._fd, old.st_uid, old.st_gid)
 
@@ -199,6 +220,16 @@ class FileMember(Member):
             raise TargetError("exists already", file=self.name, hint="replace it with --force") from error
         except OSError as error:
             raise failed(error, self.name, "named") from error
+
+    def retract(self) -> None:
+        """Take the name away again, if the file has it; a keeper's file is unfinished once more."""
+        with contextlib.suppress(OSError):
+            if self._keeper is None:
+                os.unlink(self.path.name, dir_fd=self._directory)
+                return
+            part = self._part(self._keeper)
+            os.rename(self.path.name, part, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+            self._temporary = part
 
     def _link(self, name: str) -> None:
         source = f"/proc/self/fd/{self._fd}" if self._temporary is None else self._temporary
@@ -273,6 +304,8 @@ class FileTarget(Target):
                 self._refuse_existing(directory / name)
             for name in names:
                 self._opened.append(FileMember(self._directory, directory / name, keeper))
+            for member in self._opened if keeper is not None and keeper.fresh else ():
+                member.resize(0)
         except BaseException:
             self.close()
             raise
@@ -303,8 +336,6 @@ class FileTarget(Target):
                 member.keep_ownership_of(old)
             if self._sync:
                 member.sync()
-        if self._keeper is not None:
-            self._keeper.synced()
         aside = self._move_aside() if self._force and len(self._opened) > 1 else []
         named: list[FileMember] = []
         try:
@@ -317,7 +348,11 @@ class FileTarget(Target):
         for _, moved in aside:
             with contextlib.suppress(OSError):
                 os.unlink(moved, dir_fd=self._directory)
-        self._sync_directory()
+        try:
+            self._sync_directory()
+        finally:
+            if self._keeper is not None:
+                self._keeper.published()
 
     def _move_aside(self) -> list[tuple[str, str]]:
         """Rename the old files, the describing one first; return (name, temporary name) of each."""
@@ -338,8 +373,7 @@ class FileTarget(Target):
     def _take_back(self, named: Sequence[FileMember], aside: Sequence[tuple[str, str]]) -> None:
         """Remove members that have their names already and restore the old files, the describing one last."""
         for member in named:  # they replaced nothing: the old files, if any, were moved away before
-            with contextlib.suppress(OSError):
-                os.unlink(member.path.name, dir_fd=self._directory)
+            member.retract()
         for name, old in reversed(aside):
             with contextlib.suppress(OSError):
                 os.rename(old, name, src_dir_fd=self._directory, dst_dir_fd=self._directory)

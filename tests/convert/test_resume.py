@@ -1,5 +1,7 @@
 """`--resume`: a conversion that was killed goes on, and comes to the same bytes as one that was not."""
 
+import fcntl
+import json
 import os
 import random
 import signal
@@ -209,6 +211,90 @@ def test_a_failure_before_the_first_checkpoint_leaves_nothing(source, tmp_path):
     with pytest.raises(TargetError, match="exists already"):
         diskmorph.convert(source, tmp_path / "out.raw", options=options())
     assert names(tmp_path) == ["out.raw"]
+
+
+def no_space(*_words, **_more):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("name", ["out.raw", "split.vmdk"])
+@pytest.mark.parametrize("force", [False, True])
+def test_a_name_that_cannot_be_had_costs_nothing(source, tmp_path, monkeypatch, name, force):
+    """What is complete stays, and the next try gives it its name."""
+    words = {"force": force, "format_options": {"subformat": "twoGbMaxExtentSparse"} if name == "split.vmdk" else {}}
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename" if force else "link", no_space)
+        with pytest.raises(TargetError, match="No space"):
+            diskmorph.convert(source, tmp_path / name, options=options(**words))
+    assert f".{name}.resume" in names(tmp_path)
+    assert name not in names(tmp_path)
+    assert diskmorph.convert(source, tmp_path / name, options=options(**words)).resumed == SIZE
+    assert diskmorph.compare(source, tmp_path / name).identical
+    assert not [left for left in names(tmp_path) if left.startswith(".")]
+
+
+@pytest.mark.parametrize("lost", ["split.vmdk", "split-s001.vmdk"])
+def test_unfinished_files_that_are_gone_are_made_anew(source, tmp_path, monkeypatch, lost):
+    words = {"format_options": {"subformat": "twoGbMaxExtentSparse"}}
+    interrupted(source, tmp_path / "split.vmdk", monkeypatch, **words)
+    (tmp_path / f".{lost}.resume.part").unlink()
+    assert diskmorph.convert(source, tmp_path / "split.vmdk", options=options(**words)).resumed == 0
+    assert diskmorph.compare(source, tmp_path / "split.vmdk").identical
+
+
+def without(key):
+    return lambda row: {name: value for name, value in row.items() if name != key}
+
+
+DAMAGES = [
+    *(without(key) for key in ("start", "runs", "moved")),
+    *(lambda row, runs=runs: row | {"runs": runs} for runs in ("AA", "!!!", "QUJD", 7)),
+    lambda row: row | {"moved": [1]},
+    lambda row: row | {"start": "one"},
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_line_costs_what_follows(source, tmp_path, monkeypatch, damage):
+    journal = interrupted(source, tmp_path / "out.raw", monkeypatch)
+    lines = journal.read_bytes().splitlines(keepends=True)
+    lines[3] = json.dumps(damage(json.loads(lines[3]))).encode() + b"\n"
+    journal.write_bytes(b"".join(lines))
+    report = diskmorph.convert(source, tmp_path / "out.raw", options=options())
+    assert 0 < report.resumed < 0.4 * SIZE
+    assert diskmorph.compare(source, tmp_path / "out.raw").identical
+
+
+@pytest.mark.parametrize(
+    "damage", [*(without(key) for key in ("facts", "seed", "time")), lambda row: row | {"seed": 7}]
+)
+def test_a_damaged_first_line_costs_all(source, tmp_path, monkeypatch, damage):
+    journal = interrupted(source, tmp_path / "out.raw", monkeypatch)
+    first, _, rest = journal.read_bytes().partition(b"\n")
+    journal.write_bytes(json.dumps(damage(json.loads(first))).encode() + b"\n" + rest)
+    assert diskmorph.convert(source, tmp_path / "out.raw", options=options()).resumed == 0
+    assert diskmorph.compare(source, tmp_path / "out.raw").identical
+
+
+def test_the_first_failure_is_told(source, tmp_path, monkeypatch):
+    def fail(*_words):
+        raise TargetError("cannot be synced")
+
+    stop_after(0.3, monkeypatch)
+    monkeypatch.setattr(resume, "_BYTES", 1 << 60)
+    monkeypatch.setattr(resume.Journal, "checkpoint", fail)
+    with pytest.raises(Stop):
+        diskmorph.convert(source, tmp_path / "out.raw", options=options())
+
+
+@pytest.mark.parametrize(("module", "call"), [(fcntl, "flock"), (os, "fstat"), (os, "ftruncate"), (os, "fsync")])
+def test_a_journal_that_cannot_be_kept_says_so(source, tmp_path, monkeypatch, module, call):
+    before = os.listdir("/proc/self/fd")
+    monkeypatch.setattr(module, call, no_space)
+    with pytest.raises(TargetError, match="No space"):
+        resume.Journal(tmp_path / "out.raw", {})
+    monkeypatch.undo()
+    assert os.listdir("/proc/self/fd") == before
 
 
 def test_one_at_a_time(source, tmp_path, monkeypatch):
