@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from diskmorph.formats.errors import IntegrityError, SourceError
@@ -10,6 +11,7 @@ from diskmorph.formats.remote.blocks import BlockSource
 
 _ATTEMPTS = 6
 _TIMEOUT = 30.0
+_PROGRESS = 4096  # bytes that an answer brings at the least, if it breaks off, not to count as a failure
 
 
 class HttpSource(BlockSource):
@@ -80,14 +82,18 @@ class HttpSource(BlockSource):
     def fetch(self, offset: int, length: int) -> bytes:
         """See BlockSource; an answer that breaks off is asked for again from where it broke."""
         data = b""
-        for _ in range(_ATTEMPTS):
-            found = self._get_again(offset + len(data), length - len(data))
+        failures = 0
+        while failures < _ATTEMPTS:
+            at = offset + len(data)
+            found = self._get_again(at, length - len(data))
             if found is None:
+                failures += 1
                 continue
-            self._require_same(found[0], offset)
+            self._require_same(found[0], at)
             data += found[1]
             if len(data) >= length:
                 return data[:length]
+            failures += len(found[1]) < _PROGRESS
         raise SourceError(
             "the server breaks off its answers",
             file=self._url,
@@ -110,9 +116,17 @@ class HttpSource(BlockSource):
     def _require_same(self, answer: Any, offset: int) -> None:
         if answer.status != 206:
             raise self._unfit(answer)
-        total = answer.headers.get("Content-Range", "").rpartition("/")[2]
-        if total != str(self.size) or self._mark_of(answer) != self._mark:
+        span = answer.headers.get("Content-Range", "")
+        if span.rpartition("/")[2] != str(self.size) or self._mark_of(answer) != self._mark:
             raise IntegrityError("changed on the server while it was read", file=self._url, offset=offset)
+        if not re.match(rf"bytes\s+0*{offset}\s*-", span, re.IGNORECASE):
+            raise SourceError(
+                "the server answers with another range than it was asked for",
+                file=self._url,
+                offset=offset,
+                found=span[:60],
+                hint="download the file and convert it then",
+            )
 
     @property
     def version(self) -> str | None:

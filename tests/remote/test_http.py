@@ -30,6 +30,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.sent = self.requests = 0
         self.pause = 0.0  # seconds between pieces of an answer
         self.total = ""  # what it says of the file's size, where that is not the truth
+        self.elsewhere = False  # a cache that answers every range with the first bytes, and says so
+        self.most = 1 << 40  # bytes of an answer; fewer than asked for are allowed (RFC 9110, 15.3.7)
         self.busy = ""  # what it says of how long to wait: it has no time at all
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -78,6 +80,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.end_headers()
             return
         first, last = int(asked[1]), min(int(asked[2]), len(server.body) - 1)
+        if server.elsewhere:
+            first, last = 0, last - first
+        last = min(last, first + server.most - 1)
         piece = server.body[first : last + 1]
         self.send_response(206)
         self.send_header("Content-Range", f"bytes {first}-{last}/{server.total or len(server.body)}")
@@ -213,3 +218,20 @@ def test_reading_at_random(image):
             at = rng.randrange(len(image))
             length = min(rng.choice((1, 512, 70000, 5 * MIB)), len(image) - at)
             assert source.read(at, length) == image[at : at + length]
+
+
+def test_another_range_than_was_asked_for_is_no_data(image):
+    with Server(image) as server, HttpSource(server.url) as source:
+        server.elsewhere = True
+        with pytest.raises(SourceError, match="another range"):
+            source.read(2 * MIB, 100)
+
+
+def test_a_server_that_answers_in_small_pieces(image):
+    with Server(image) as server, HttpSource(server.url) as source:
+        server.most = 50_000
+        assert source.read(0, 3 * MIB) == image[: 3 * MIB]
+    with Server(image) as server, HttpSource(server.url) as source:
+        server.most = 1
+        with pytest.raises(SourceError, match="breaks off"):
+            source.read(0, MIB)
