@@ -26,6 +26,9 @@ _TIMEOUT = 60.0
 _CONNECTIONS = 4
 _STATUS_SPAN = 1 << 30
 _PIECE = 4 << 20
+_LEAST_SPAN = 64 << 10  # what one answer to block status decides at the least: of the rest of it, that it is data
+_MOST_REPLIES = 1 << 10  # to one option
+_MOST_CHUNKS = 1 << 16  # of one structured reply
 
 
 def address(url: str) -> tuple[Any, str]:
@@ -77,30 +80,36 @@ class Connection:
             )
         payload = wire.NAME.build({"length": len(export), "name": export}) + bytes(2)
         self._option(wire.OPT_GO, payload)
-        while True:
-            kind, data = self._option_reply()
-            if kind == wire.REP_ACK:
-                break
+        told = False
+        for kind, data in self._option_replies():
             if kind & wire.REP_ERROR:
                 raise self._failed(f"the server refuses the export {export.decode(errors='replace')!r}: {_text(data)}")
-            if kind == wire.REP_INFO and data[:2] == b"\0\0":
+            if kind == wire.REP_INFO and data[:2] == b"\0\0" and len(data) == wire.EXPORT_INFO.sizeof():
                 info = wire.EXPORT_INFO.parse(data)
-                self.size, self.flags = info.size, info.flags
+                self.size, self.flags, told = info.size, info.flags, True
+        if not told:
+            raise self._failed("the server does not say how large the export is")
 
     def _simple_option(self, option: int, payload: bytes, wanted: int | None = None) -> bool:
         """Send an option and return whether it was granted (and, if so asked, a reply of that type came)."""
         self._option(option, payload)
-        seen = wanted is None
-        while True:
-            kind, _ = self._option_reply()
-            if kind == wire.REP_ACK:
-                return seen
-            if kind & wire.REP_ERROR:
-                return False
-            seen = seen or kind == wanted
+        kinds = {kind for kind, _ in self._option_replies()}
+        refused = any(kind & wire.REP_ERROR for kind in kinds)
+        return not refused and (wanted is None or wanted in kinds)
 
     def _option(self, option: int, payload: bytes) -> None:
         self.send(wire.OPTION.build({"option": option, "length": len(payload)}) + payload)
+
+    def _option_replies(self) -> Iterator[tuple[int, bytes]]:
+        """Yield (type, data) of the replies to an option, up to the acknowledgement, which is left out, or an error."""
+        for _ in range(_MOST_REPLIES):
+            kind, data = self._option_reply()
+            if kind == wire.REP_ACK:
+                return
+            yield kind, data
+            if kind & wire.REP_ERROR:
+                return
+        raise self._failed("the server does not end its answer")
 
     def _option_reply(self) -> tuple[int, bytes]:
         reply = self._parse(wire.OPTION_REPLY)
@@ -133,10 +142,7 @@ class Connection:
             raise self._failed(f"the connection is lost: {error}") from error
 
     def _parse(self, schema: Any) -> Any:
-        try:
-            return schema.parse(self.receive(schema.sizeof()))
-        except ConstructError as error:
-            raise self._failed("the server speaks another protocol") from error
+        return self._completed(schema, b"")
 
     def _failed(self, what: str) -> SourceError:
         return SourceError(what, file=self.url)
@@ -151,27 +157,49 @@ class Connection:
         return self._cookie
 
     def read(self, offset: int, view: memoryview) -> None:
-        """Fill the buffer from `offset`."""
+        """Fill the buffer from `offset`: every byte of it, or it raises."""
         cookie = self.request(wire.CMD_READ, offset, len(view))
         if not self.structured:
             self._simple(cookie, offset)
             self.receive_into(view)
             return
+        filled: list[tuple[int, int]] = []
         for kind, length in self._chunks(cookie, offset):
-            if kind == wire.CHUNK_DATA:
+            if kind == wire.CHUNK_DATA and length > 8:
                 at = int.from_bytes(self.receive(8), "big") - offset
                 self.receive_into(self._piece(view, at, length - 8))
-            elif kind == wire.CHUNK_HOLE:
+                filled.append((at, length - 8))
+            elif kind == wire.CHUNK_HOLE and length == wire.HOLE_CHUNK.sizeof():
                 hole = wire.HOLE_CHUNK.parse(self.receive(length))
                 piece = self._piece(view, hole.offset - offset, hole.length)
                 piece[:] = bytes(len(piece))
-            elif length:
-                raise self._failed(f"the server answers with chunks of the unknown type {kind}")
+                filled.append((hole.offset - offset, hole.length))
+            else:
+                raise self._failed(f"the server answers with a chunk of the type {kind}, which does not belong here")
+            if len(filled) > len(view):
+                break  # pieces of nothing, or the same ones again
+        self._require_whole(filled, offset, len(view))
 
     def _piece(self, view: memoryview, at: int, length: int) -> memoryview:
         if not 0 <= at <= at + length <= len(view):
             raise self._failed("the server answers with bytes that were not asked for")
         return view[at : at + length]
+
+    def _require_whole(self, filled: list[tuple[int, int]], offset: int, length: int) -> None:
+        """Raise SourceError unless the pieces of an answer, in any order, are all that was asked for."""
+        done = 0
+        for at, count in sorted(filled):
+            if at != done:
+                break
+            done += count
+        if done != length:
+            raise SourceError(
+                "the server leaves out bytes that were asked for",
+                file=self.url,
+                offset=offset + done,
+                expected=f"{length} bytes from {offset}",
+                found=done,
+            )
 
     def status(self, offset: int, length: int) -> list[tuple[int, int]]:
         """Return (bytes, flags) descriptors of base:allocation from `offset`."""
@@ -181,26 +209,34 @@ class Connection:
             if kind == wire.CHUNK_STATUS and size >= 4 and (size - 4) % 8 == 0 and size <= 1 << 24:
                 rows = np.frombuffer(self.receive(size)[4:], wire.STATUS)
                 found += list(zip(rows["length"].tolist(), rows["flags"].tolist(), strict=True))
-            elif size:
+            else:
                 raise self._failed("the server answers block status in another form")
         return found
 
-    def _chunks(self, cookie: int, offset: int) -> Iterator[tuple[int, int]]:
-        """Yield (type, bytes) of each chunk of a structured reply; the caller receives the bytes."""
-        while True:
-            chunk = self._parse(wire.CHUNK)
+    def _chunks(self, cookie: int, offset: int, first: Any = None) -> Iterator[tuple[int, int]]:
+        """Yield (type, bytes) of each chunk of a structured reply; the caller receives the bytes.
+
+        `first`: the header of the first one, where it was received already.
+        """
+        chunk = self._parse(wire.CHUNK) if first is None else first
+        for _ in range(_MOST_CHUNKS):
             if chunk.cookie != cookie:
                 raise self._failed("the server answers another request")
             if chunk.type & wire.CHUNK_ERROR:
                 body = self.receive(min(chunk.length, 1 << 16))
                 raise self._refused(int.from_bytes(body[:4], "big"), offset, body[6:])
-            if chunk.type != wire.CHUNK_NONE:
+            if chunk.type != wire.CHUNK_NONE or chunk.length:
                 yield chunk.type, chunk.length
             if chunk.flags & wire.REPLY_DONE:
                 return
+            chunk = self._parse(wire.CHUNK)
+        raise self._failed("the server does not end its answer")
 
     def _simple(self, cookie: int, offset: int) -> None:
-        reply = self._parse(wire.SIMPLE_REPLY)
+        self._judge(self._parse(wire.SIMPLE_REPLY), cookie, offset)
+
+    def _judge(self, reply: Any, cookie: int, offset: int) -> None:
+        """Raise SourceError where a simple reply is another request's or tells of an error."""
         if reply.cookie != cookie:
             raise self._failed("the server answers another request")
         if reply.error:
@@ -213,15 +249,18 @@ class Connection:
             self._simple(cookie, offset)
             return
         head = self.receive(4)
-        if head == b"\x67\x44\x66\x98":
-            reply = wire.SIMPLE_REPLY.parse(head + self.receive(wire.SIMPLE_REPLY.sizeof() - 4))
-            if reply.error:
-                raise self._refused(reply.error, offset, b"")
+        if head == b"\x67\x44\x66\x98":  # allowed where there is nothing to tell
+            self._judge(self._completed(wire.SIMPLE_REPLY, head), cookie, offset)
             return
-        chunk = wire.CHUNK.parse(head + self.receive(wire.CHUNK.sizeof() - 4))
-        body = self.receive(min(chunk.length, 1 << 16))
-        if chunk.type & wire.CHUNK_ERROR:
-            raise self._refused(int.from_bytes(body[:4], "big"), offset, body[6:])
+        for other, _ in self._chunks(cookie, offset, self._completed(wire.CHUNK, head)):
+            raise self._failed(f"the server answers with a chunk of the type {other}, which does not belong here")
+
+    def _completed(self, schema: Any, head: bytes) -> Any:
+        """Return a header whose first four bytes are known."""
+        try:
+            return schema.parse(head + self.receive(schema.sizeof() - len(head)))
+        except ConstructError as error:
+            raise self._failed("the server speaks another protocol") from error
 
     def _refused(self, number: int, offset: int, text: bytes) -> SourceError:
         words = f": {_text(text)}" if text else ""
@@ -270,13 +309,12 @@ class NbdSource(ByteSource):
 
     def _borrow(self) -> Connection:
         with self._ready:
-            while not self._free:
-                if self._many and self._count < _CONNECTIONS:
-                    self._count += 1
-                    break
+            # With none at all a new one is made, whatever the server allows: the last one may have been lost.
+            while not self._free and self._count and not (self._many and self._count < _CONNECTIONS):
                 self._ready.wait()
-            else:
+            if self._free:
                 return self._free.pop()
+            self._count += 1
         try:
             return Connection(self.name)
         except BaseException:
@@ -311,10 +349,6 @@ class NbdSource(ByteSource):
                 self._dropped()
                 if turn:
                     raise
-                with self._ready:
-                    if not self._free and not self._count:
-                        self._count = 1
-                        self._free.append(Connection(self.name))
                 continue
             self._give_back(connection)
             return result
@@ -334,7 +368,10 @@ class NbdSource(ByteSource):
                 moved += length
             if moved == at:
                 break
-            at = moved
+            least = min(stop, at + _LEAST_SPAN)
+            if moved < least:  # or a server that tells of single bytes would be asked for ever
+                yield moved, least - moved, True
+            at = max(moved, least)
         if at < stop:
             yield at, stop - at, True
 
