@@ -117,18 +117,31 @@ _TYPES = {
 _DEVICES = (0o020000, 0o060000)
 
 
-def _lines(entries: list[Entry], *, long: bool) -> Iterator[str]:
+def _line(name: bytes) -> str:
+    """Return a name for people, on one line: a newline in it must not look like another name."""
     from diskmorph.commands.output import printable
 
+    return printable(_text(name)).replace("\n", "\\n")
+
+
+def _moment(seconds: int) -> str:
+    """Return a time for people; seconds since 1970 where the calendar has no such year."""
+    import time
+
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds))
+    except (OverflowError, OSError, ValueError):
+        return f"@{seconds}"
+
+
+def _lines(entries: list[Entry], *, long: bool) -> Iterator[str]:
     if not long:
-        yield from (printable(_text(entry.path)) for entry in entries)
+        yield from (_line(entry.path) for entry in entries)
         return
     import stat
-    import time
 
     for path, node in entries:
         size = f"{node.rdev[0]}, {node.rdev[1]}" if node.kind in _DEVICES else str(node.size)
-        moment = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(node.mtime // 10**9))
-        arrow = f" -> {printable(_text(node.target))}" if node.target else ""
-        name = printable(_text(path))
+        arrow = f" -> {_line(node.target)}" if node.target else ""
+        name, moment = _line(path), _moment(node.mtime // 10**9)
         yield f"{stat.filemode(node.mode)} {node.uid:>6} {node.gid:>6} {size:>12} {moment} {name}{arrow}"

@@ -30,6 +30,9 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _STEP = 1 << 20
 _SPARSE = 64 << 10  # bytes from which on holes are looked for
+_NO_OWNER = 0xFFFFFFFF  # to chown it says: leave it
+_OLD, _FAR = -(1 << 31) * 10**9, (1 << 31) * 10**9  # nanoseconds that every file system holds
+_TOO_LARGE = frozenset((errno.E2BIG, errno.ERANGE))  # attributes that another file system could hold
 _REFUSED = frozenset((errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS))
 
 
@@ -64,8 +67,8 @@ class DirectoryTarget:
                 "exists and is not empty", file=str(self.path), hint="name a new directory; --force replaces no tree"
             )
 
-    def _failed(self, error: OSError, doing: str = "written") -> TargetError:
-        return TargetError(f"cannot be {doing}: {os.strerror(error.errno or 0)}", file=str(self.path))
+    def _failed(self, error: OSError, doing: str = "written", what: str = "") -> TargetError:
+        return TargetError(f"cannot be {doing}: {os.strerror(error.errno or 0)}{what}", file=str(self.path))
 
     def write(self, tree: Tree, lost: list[str] | None = None, moved: Callable[[int], None] | None = None) -> None:
         """Write a tree into the directory; what the machine refuses (owners, devices) is told in `lost`.
@@ -76,7 +79,9 @@ class DirectoryTarget:
             writer = _Writer(self._fd, moved)
             writer.write(tree)
         except OSError as error:
-            raise self._failed(error) from error
+            name = error.filename if isinstance(error.filename, bytes) else b""
+            what = f" ({name[:80].decode(errors='backslashreplace')!r})" if name.strip(b".") else ""
+            raise self._failed(error, what=what) from error
         if lost is not None:
             lost.extend(f"{what} of {count} files" for what, count in sorted(writer.refused.items()))
 
@@ -210,6 +215,8 @@ class _Writer:
         if self._privileged:
             try:
                 os.chown(name, node.uid, node.gid, dir_fd=folder, follow_symlinks=False)
+                if _NO_OWNER in (node.uid, node.gid):
+                    self.refused["owners"] += 1
             except OSError as error:
                 if error.errno not in _REFUSED:
                     raise
@@ -220,6 +227,8 @@ class _Writer:
             os.chmod(name, node.mode & 0o7777, dir_fd=folder)
         self._xattrs(folder, name, node)
         os.utime(name, ns=(node.mtime, node.mtime), dir_fd=folder, follow_symlinks=False)
+        if not _OLD <= node.mtime < _FAR and not _has_time(folder, name, node.mtime):
+            self.refused["times"] += 1
 
     def _xattrs(self, folder: int, name: bytes, node: Node) -> None:
         path = b"/proc/self/fd/%d/%s" % (folder, name)
@@ -227,9 +236,20 @@ class _Writer:
             try:
                 os.setxattr(path, key, value, follow_symlinks=False)
             except OSError as error:
-                if error.errno not in _REFUSED:
+                if error.errno not in _REFUSED | _TOO_LARGE and not self._has_no_room_for(value, error):
                     raise
                 self.refused["extended attributes"] += 1
+
+    def _has_no_room_for(self, value: bytes, error: OSError) -> bool:
+        """Return whether the inode is full rather than the file system: ext4 says ENOSPC for both."""
+        if error.errno != errno.ENOSPC:
+            return False
+        room = os.fstatvfs(self._root)
+        return room.f_bavail * room.f_frsize > _STEP + len(value)
+
+
+def _has_time(folder: int, name: bytes, mtime: int) -> bool:
+    return os.stat(name, dir_fd=folder, follow_symlinks=False).st_mtime_ns == mtime
 
 
 def _copy(piece: Piece, fd: int) -> None:

@@ -12,6 +12,7 @@ import pytest
 from clikit import dm
 from treekit import put, same, sample_tree, save, snapshot, tar_entry, tar_file, told, without_acls
 
+from diskmorph.commands import ls
 from diskmorph.convert.bridge import BuildOptions, ExtractOptions, build, extract
 from diskmorph.convert.bridge.options import Size
 from diskmorph.convert.bridge.pseudo import drop_pseudo, strip_boot
@@ -27,7 +28,7 @@ from diskmorph.formats.errors import (
 from diskmorph.formats.gpt import Partition, build_gpt
 from diskmorph.formats.registry import open_disk
 from diskmorph.formats.roots import open_root, volumes_of
-from diskmorph.formats.tree import Tree, file_node, link_node
+from diskmorph.formats.tree import Entry, Tree, file_node, link_node
 from diskmorph.formats.trees import open_tree
 from diskmorph.formats.views import Regions
 
@@ -348,6 +349,13 @@ def test_ls_and_cat(tmp_path: Path) -> None:
     for path, want in (("/link", b"box\n"), ("big", (root / "big").read_bytes())):
         words = [sys.executable, "-m", "diskmorph", "cat", str(tmp_path / "d.qcow2"), path]
         assert subprocess.run(words, capture_output=True, check=True).stdout == want
+
+
+def test_ls_of_odd_names_and_times(tmp_path: Path) -> None:
+    (tmp_path / "x.tar").write_bytes(tar_file(tar_entry("a\nb"), tar_entry("c")))
+    assert dm("ls", tmp_path / "x.tar").ok().out == "a\\nb\nc\n"
+    far = Entry(b"far", file_node(b"", mtime=(1 << 61) * 10**9))  # btrfs keeps such times
+    assert f"@{1 << 61} far" in next(ls._lines([far], long=True))
 
 
 def test_convert_between_trees_leaves_nothing_out(tmp_path: Path) -> None:

@@ -199,3 +199,25 @@ def test_a_piece_beyond_its_source_is_refused(tmp_path: Path) -> None:
         root.children[b"x"] = Node(0o100644, size=1 << 20, pieces=(Piece(0, 1 << 20, source, 0),))
         with pytest.raises(FormatError, match="truncated"):
             write(Tree(root), tmp_path / "out")
+
+
+def test_what_the_file_system_cannot_hold_is_told(tmp_path: Path) -> None:
+    """One attribute or time too large is no reason to have nothing."""
+    tree = Tree()
+    tree.put("long", Node(0o100644, xattrs={b"user." + b"n" * 300: b"v", b"user.fine": b"v"}))
+    tree.put("large", Node(0o100644, xattrs={b"user.large": bytes(70_000)}))
+    tree.put("block", Node(0o100644, xattrs={b"user.k%d" % number: bytes(3000) for number in range(30)}))
+    tree.put("far", file_node(b"", mtime=(1 << 55) * 10**9))
+    lost: list[str] = []
+    with DirectoryTarget(tmp_path / "out", sync=False) as target:
+        target.write(tree, lost)
+        target.commit()
+    assert os.listxattr(tmp_path / "out/long") == ["user.fine"]
+    assert [line.split(" of ")[0] for line in lost] == ["extended attributes", "times"]
+
+
+def test_a_name_that_is_too_long_is_named(tmp_path: Path) -> None:
+    tree = Tree()
+    tree.put("n" * 300, file_node(b""))
+    with DirectoryTarget(tmp_path / "out", sync=False) as target, pytest.raises(TargetError, match=r"too long.*nnn"):
+        target.write(tree)
