@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from diskmorph.convert.opening import Opened
     from diskmorph.convert.targets import Profile
     from diskmorph.formats.limits import Limits
-    from diskmorph.formats.policy import Parents
+    from diskmorph.formats.policy import Allowed
 
 DISK_TARGETS = tuple(profile.name for profile in PROFILES if profile.shape not in {"wsl", "firecracker"})
 """Targets that take disks."""
 
 
 def disk_findings(
-    path: str | os.PathLike[str], target: str, *, parents: Parents | None = None, limits: Limits | None = None
+    path: str | os.PathLike[str], target: str, *, parents: Allowed = None, limits: Limits | None = None
 ) -> Iterator[tuple[str, str, str, str]]:
     """Yield (rule, message, place, hint) for what the target would refuse. Raises what opening raises."""
     profile = profile_named(target)
