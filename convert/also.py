@@ -96,7 +96,7 @@ def _further(
     else:
         plain = converter(source, target, first) is convert_disk
         again = replace(again, source_format=_format(target, first).name if plain else None)
-    _require_free(Path(name), again)
+    _require_free(name, again)
     made_from = source if first.dry_run else target
     convert = converter(made_from, name, again)
     if convert is convert_disk:
@@ -159,15 +159,14 @@ def _of_source(again: ConvertOptions, first: ConvertOptions) -> ConvertOptions:
     )
 
 
-def _require_free(path: Path, options: ConvertOptions) -> None:
+def _require_free(name: str, options: ConvertOptions) -> None:
     """Raise TargetError for a name that exists, or whose folder does not."""
-    if is_url(str(path)) or path.is_dir():
+    if is_url(name) or Path(name).is_dir():
         return
-    if os.path.lexists(path) and not options.force:
-        raise TargetError("exists already", file=str(path), hint="replace it with --force")
-    folder = split_prefix(str(path))[1]
-    if not Path(folder).absolute().parent.is_dir():
-        raise TargetError("its folder does not exist", file=str(path), hint="make it first")
+    if os.path.lexists(name) and not options.force:
+        raise TargetError("exists already", file=name, hint="replace it with --force")
+    if not Path(split_prefix(name)[1]).absolute().parent.is_dir():
+        raise TargetError("its folder does not exist", file=name, hint="make it first")
 
 
 def _require_possible(

@@ -117,6 +117,6 @@ def test_no_guess_is_said_of_what_is_known_or_empty(here: Path) -> None:
 
 
 def test_a_luks_volume_is_a_raw_disk_and_said(here: Path) -> None:
-    Path("volume").write_bytes(b"LUKS\xba\xbe\0\1" + bytes(MIB))
+    Path("volume").write_bytes(b"LUKS\xba\xbe\0\1".ljust(MIB, b"\0"))
     (note,) = notes_of("volume")
     assert "LUKS" in note and "-f luks" in note
