@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _COMPRESSED = {".gz": "gzip", ".tgz": "gzip", ".zst": "zstd", ".tzst": "zstd"}
 _STEP = 1 << 20
-LAYER_TAR = TarOptions(root_name=b"", acl_text=False, sparse=None)
+LAYER_TAR = TarOptions(acl_text=False, sparse=None)
 
 
 @dataclass(frozen=True)

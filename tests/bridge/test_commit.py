@@ -240,3 +240,20 @@ def test_a_name_on_the_disk_is_no_whiteout(tmp_path: Path) -> None:
         with open_tree(f"oci:{tmp_path}/{image}") as tree:
             assert {b"passwd", b"group", b"kept"} <= set(tree.find("etc").children)  # type: ignore[union-attr]
     assert extract(disk, tmp_path / "plain.tar").lost == ()
+
+
+def test_the_root_directory_itself_is_kept(tmp_path: Path) -> None:
+    base = oci_layout(tmp_path / "base", layers())
+    disk = built(tmp_path, base)
+    change(disk, "sif <2> mode 0040711", "sif <2> uid 7")
+    commit(disk, f"oci:{tmp_path}/out", options=options(base))
+    extract(disk, f"oci:{tmp_path}/whole")
+    for image in ("out", "whole"):
+        with open_tree(f"oci:{tmp_path}/{image}") as tree:
+            assert (tree.root.mode, tree.root.uid) == (0o40711, 7)
+        run("skopeo", "copy", "-q", f"oci:{tmp_path}/{image}", f"oci:{tmp_path}/{image}2:latest")
+        run("umoci", "unpack", "--image", f"{tmp_path}/{image}2:latest", tmp_path / f"{image}3")
+        found = (tmp_path / f"{image}3/rootfs").stat()
+        assert (found.st_mode, found.st_uid) == (0o40711, 7)
+    report = commit(disk, f"oci:{tmp_path}/again", options=options(tmp_path / "out"))
+    assert any("nothing changed" in note for note in report.notes)
