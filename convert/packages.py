@@ -68,8 +68,8 @@ def disks_to_package(
     name = os.fspath(target)
     _refuse(options, name, len(sources))
     with contextlib.ExitStack() as stack:
-        disks, old = _opened(sources, options, stack)
-        job = _Job(name, disks, old, options, stack)
+        disks, old, lost = _opened(sources, options, stack)
+        job = _Job(name, disks, old, lost, options, stack)
         return job.run(on_progress, begun)
 
 
@@ -100,17 +100,17 @@ class _SourceDisk:
 
 def _opened(
     sources: list[Source], options: ConvertOptions, stack: contextlib.ExitStack
-) -> tuple[list[_SourceDisk], Machine | None]:
-    """Return the sources' disks, and the machine that they come from where the source is a package."""
+) -> tuple[list[_SourceDisk], Machine | None, list[str]]:
+    """Return the sources' disks, and of a package the machine that they come from and what of it is left out."""
     package = _package(sources[0], options) if len(sources) == 1 else None
     if package is None:
-        return [_SourceDisk(one, None if isinstance(one, Disk) else Path(one)) for one in sources], None
+        return [_SourceDisk(one, None if isinstance(one, Disk) else Path(one)) for one in sources], None, []
     stack.enter_context(package)
     path = Path(package.name)
     if options.disk is not None:
         number = package.pick(options.disk).number
         machine = next((one for one in package.machines if any(d.number == number for d in one.disks)), None)
-        return [_SourceDisk(stack.enter_context(package.open_disk(number)), path)], machine
+        return [_SourceDisk(stack.enter_context(package.open_disk(number)), path)], machine, []
     owners = [machine for machine in package.machines if machine.disks]
     if len(owners) != 1:
         what = "no machine with disks" if not owners else f"{len(owners)} machines with disks"
@@ -121,7 +121,13 @@ def _opened(
             hint="convert its disks one by one with --disk N",
         )
     disks = [stack.enter_context(package.open_disk(disk.number)) for disk in owners[0].disks]
-    return [_SourceDisk(disk, path) for disk in disks], owners[0]
+    attached = {disk.number for disk in owners[0].disks}
+    lost = [
+        f"disk {disk.number} ({disk.file or disk.id}), which is attached to no machine; --disk {disk.number} chooses it"
+        for disk in package.disks
+        if disk.number not in attached
+    ]
+    return [_SourceDisk(disk, path) for disk in disks], owners[0], lost
 
 
 def _package(source: Source, options: ConvertOptions) -> Package | None:
@@ -145,6 +151,7 @@ class _Job:
         target: str,
         disks: list[_SourceDisk],
         old: Machine | None,
+        lost: list[str],
         options: ConvertOptions,
         stack: contextlib.ExitStack,
     ) -> None:
@@ -154,7 +161,7 @@ class _Job:
         )
         if not self._target.name:
             raise TargetError("is not the name of a file", file=target)
-        self._options = options
+        self._options, self._lost = options, lost
         self._words: MachineOptions = read_options(options.format_options)
         # Inside an archive files are called by the machine, so that the archive's own name is not in its bytes.
         called = self._words.name or (old.name if old is not None else None)
@@ -219,7 +226,7 @@ class _Job:
             bytes=self._moved,
             seconds=time.monotonic() - begun,
             verified=self._options.verify and not self._options.dry_run,
-            lost=tuple(dict.fromkeys(loss for plan in self._plans for loss in plan.lost)),
+            lost=tuple(dict.fromkeys((*self._lost, *(loss for plan in self._plans for loss in plan.lost)))),
             notes=notes,
             digest=self._digest(),
             members=self._members,

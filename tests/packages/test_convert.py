@@ -190,6 +190,17 @@ def test_packages_of_many_machines_are_refused_unless_a_disk_is_chosen(tmp_path,
         assert package.machines[0].name == "b"
 
 
+def test_a_disk_of_no_machine_is_told_of(tmp_path, disk):
+    _, qcow2 = disk
+    refs = "".join(f'<File ovf:id="f{n}" ovf:href="{n}.qcow2"/>' for n in (1, 2))
+    rows = "".join(f'<Disk ovf:diskId="d{n}" ovf:fileRef="f{n}" ovf:capacity="1"/>' for n in (1, 2))
+    files = [(f"{n}.qcow2", qcow2.read_bytes()) for n in (1, 2)]
+    path = ova(tmp_path / "x.ova", ("x.ovf", envelope(refs, rows, system("a", hardware(1)))), *files)
+    report = diskmorph.convert(path, tmp_path / "y.ova", options=options())
+    assert len(report.lost) == 1
+    assert "disk 2 (2.qcow2)" in report.lost[0]
+
+
 def test_the_same_content_makes_the_same_bytes(tmp_path, disk, monkeypatch):
     monkeypatch.setenv("SOURCE_DATE_EPOCH", str(EPOCH))
     raw, qcow2 = disk
