@@ -96,7 +96,7 @@ class _Hierarchy:
         seconds = record_seconds(head["time"], head["zone"])
         if rock is not None:
             seconds = np.where(rock.has_time, rock.mtime, seconds)
-        columns = _Columns(records, rock, (seconds * 1_000_000_000).tolist())
+        columns = _Columns(records, rock, [second * 1_000_000_000 for second in seconds.tolist()])
         self._require_inside(head, offset)
         found: dict[bytes, Node] = {}
         pending: list[Piece] = []
@@ -174,7 +174,7 @@ class _Hierarchy:
         seconds = record_seconds(records.head["time"], records.head["zone"])
         if rock is not None:
             seconds = np.where(rock.has_time, rock.mtime, seconds)
-        columns = _Columns(records, rock, (seconds * 1_000_000_000).tolist())
+        columns = _Columns(records, rock, [second * 1_000_000_000 for second in seconds.tolist()])
         node.mtime = columns.mtimes[index]
         columns.attributes(node, index)
 

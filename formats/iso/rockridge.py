@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 _PART = 250  # what fits an entry behind its five bytes
 _CONTINUE = 1
 _SHORT_YEARS = range(1900, 2156)  # years of the 7-byte form
+_FIRST, _LAST = -62_135_596_800, 253_402_300_799  # the years 1 to 9999, which is what the 17-byte form holds
 _COMPONENTS = {b".": b"\x02\0", b"..": b"\x04\0"}
 
 _ID = b"IEEE_1282"
@@ -36,7 +37,7 @@ _EXTENSION = Extension.build(
 @lru_cache(maxsize=4096)
 def record_time(seconds: int) -> bytes:
     """Return the 7-byte time in UTC (ECMA-119 9.1.5), cut to the years that it holds."""
-    moment = time.gmtime(max(seconds, -2208988800))
+    moment = time.gmtime(min(max(seconds, -2208988800), _LAST))
     year = min(moment.tm_year, _SHORT_YEARS[-1])
     return bytes(
         RecordTime.build(
@@ -57,15 +58,20 @@ def volume_time(seconds: float | None) -> dict[str, object]:
     """Return the 17-byte time in UTC (ECMA-119 8.4.26.1); None: unset."""
     if seconds is None:
         return {"digits": b"0" * 16, "zone": 0}
-    return {"digits": time.strftime("%Y%m%d%H%M%S00", time.gmtime(seconds)).encode(), "zone": 0}
+    return {"digits": _digits(int(seconds)), "zone": 0}
+
+
+def _digits(seconds: int) -> bytes:
+    """Return the 16 digits of a time in UTC, cut to the years that they hold."""
+    moment = time.gmtime(min(max(seconds, _FIRST), _LAST))
+    return b"%04d%02d%02d%02d%02d%02d00" % (*moment[:5], min(moment.tm_sec, 59))
 
 
 @lru_cache(maxsize=4096)
 def _times(seconds: int) -> bytes:
-    if time.gmtime(seconds).tm_year in _SHORT_YEARS:
+    if time.gmtime(min(max(seconds, _FIRST), _LAST)).tm_year in _SHORT_YEARS:
         return b"TF\x1a\x01\x0e" + record_time(seconds) * 3  # modification, access, attributes
-    stamp = time.strftime("%Y%m%d%H%M%S00", time.gmtime(seconds)).encode()[-16:] + b"\0"
-    return b"TF\x38\x01\x8e" + stamp * 3
+    return b"TF\x38\x01\x8e" + (_digits(seconds) + b"\0") * 3
 
 
 @lru_cache(maxsize=4096)

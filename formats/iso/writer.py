@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from diskmorph.formats.tree import Tree
 
 _MOST_SECTORS = 0xFFFFFFFF
+_LEAST_SECTORS = 24  # libarchive knows no ISO that ends before; bsdtar then says that it is empty
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +106,7 @@ class IsoLayout:
                 at += -at % step
             content.sector = at
             at += sectors(content.size)
-        at = max(at, self._data + 1)  # empty files point to a sector that exists
+        at = max(at, self._data + 1, _LEAST_SECTORS)  # empty files point to a sector that exists
         self._end = at
         self.size = (at + sectors(self._options.room)) * SECTOR
         if at + sectors(self._options.room) > _MOST_SECTORS:

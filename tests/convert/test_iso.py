@@ -2,6 +2,7 @@
 
 import os
 import struct
+import tarfile
 
 import pytest
 
@@ -111,6 +112,20 @@ def test_a_tar_becomes_an_iso(tree, tmp_path):
         node = open_tree(source).find("boot/efi.img")
         assert node is not None
         assert node.read() == (tree / "boot/efi.img").read_bytes()
+
+
+@pytest.mark.parametrize(("mtime", "kept"), [(-60_000_000_000, -60_000_000_000), (10**12, 253_402_300_799)])
+def test_times_of_far_years_leave_names_alone(tmp_path, mtime, kept):
+    with tarfile.open(tmp_path / "t.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        member = tarfile.TarInfo("lower case")
+        member.mtime = mtime
+        tar.addfile(member)
+    convert(tmp_path / "t.tar", tmp_path / "t.iso", format_options={"joliet": "off"})
+    with FileSource(tmp_path / "t.iso") as source, open_tree(source) as found:
+        node = found.find("lower case")
+        assert node is not None
+        assert node.mtime // 1_000_000_000 == kept
+    assert "lower case" in run("bsdtar", "-tf", tmp_path / "t.iso").stdout
 
 
 def test_a_disk_does_not_become_an_iso(tmp_path):
