@@ -78,12 +78,12 @@ class Judgement:
 
     @property
     def has_orphans(self) -> bool:
-        """Whether a table of which nothing is known any more may lie among the grains."""
-        sides = [side for side, _ in self.pairs]
-        if all(side.directory.settled[side.sound].all() for side in sides):
-            return False
-        shared = self.primary.tables == self.redundant.tables
-        return bool(((self.primary.sound != self.redundant.sound) | (shared & self.primary.sound)).any())
+        """Whether there may be a table that neither directory names: it may lie, or own, where a grain seems free."""
+        ours, theirs = self.primary, self.redundant
+        if (ours.sound != theirs.sound).any():
+            return True
+        shared = ours.sound & (ours.tables == theirs.tables)
+        return bool((shared & ~ours.directory.settled & ~theirs.directory.settled).any())
 
     @property
     def floor(self) -> int:

@@ -55,7 +55,7 @@ class Restoration:
         if place != one.directory.sector and self._is_directory(place, one, other):
             text = f"point to the {one.structure} where the layout puts it"
             self._report.patches.append(Patch(one.field, place.to_bytes(8, "little"), text))
-        elif one.readable and (place == one.directory.sector or not one.tables.any()):
+        elif one.readable and place == one.directory.sector:
             self._entries(one, other, need)
         elif not one.readable and one is self._judged.primary:
             text = f"point to the other {one.structure}, whose place in the file is damaged"

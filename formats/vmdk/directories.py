@@ -33,8 +33,8 @@ class Directory:
     """One grain directory as it stands in the file at `sector`.
 
     `tables` holds the byte offsets that it names. `bad` are entries that cannot be: beyond the file, or over another
-    table and not where the layout puts them; `problem` tells of the first. By the layout the tables lie in ascending
-    order, one each `room` bytes, from byte `first`.
+    table or a directory and not where the layout puts them; `problem` tells of the first. By the layout the tables lie
+    in ascending order, one each `room` bytes, from byte `first`.
     """
 
     sector: int
@@ -86,7 +86,7 @@ def load(source: ByteSource, header: SparseHeader, sector: int, structure: str) 
     found = Directory(sector, tables, first, room, np.zeros(0, np.bool_))
     size = header.table_entries * ENTRY.itemsize
     beyond = tables + np.uint64(size) > np.uint64(source.size)
-    bad = (tables != 0) & (beyond | _over_another(found, size, ~beyond))
+    bad = (tables != 0) & (beyond | _over_another(found, size, ~beyond) | _over_directory(found, size, header))
     problem = _problem(source, found, beyond, int(np.argmax(bad)), structure) if bad.any() else None
     return Directory(sector, tables, first, room, bad, problem)
 
@@ -115,11 +115,23 @@ def _over_another(found: Directory, size: int, among: NDArray[np.bool_]) -> NDAr
     return over & ~found.settled
 
 
+def _over_directory(found: Directory, size: int, header: SparseHeader) -> NDArray[np.bool_]:
+    """Return which tables overlap a directory; where the layout puts one, it is the directory's place that is wrong."""
+    over = np.zeros(len(found.tables), np.bool_)
+    for sector in (header.gd_offset, header.rgd_offset) if has_redundant(header) else (header.gd_offset,):
+        if 0 < sector < 1 << 54:
+            start, end = sector * SECTOR, (sector + directory_sectors(header)) * SECTOR
+            over |= (found.tables + np.uint64(size) > np.uint64(start)) & (found.tables < np.uint64(end))
+    return over & ~found.settled
+
+
 def _problem(
     source: ByteSource, found: Directory, beyond: NDArray[np.bool_], index: int, structure: str
 ) -> FormatError:
     return FormatError(
-        "a grain table lies beyond the end of the file" if beyond[index] else "two grain tables lie at one place",
+        "a grain table lies beyond the end of the file"
+        if beyond[index]
+        else "two grain tables, or one and a directory, lie at one place",
         file=source.name,
         format="vmdk",
         structure=structure,
