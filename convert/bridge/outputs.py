@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from diskmorph.convert.job import convert
 from diskmorph.convert.options import ConvertOptions, ConvertReport, Moved, Progress
+from diskmorph.convert.plan import STDOUT
 from diskmorph.formats.directory import DirectoryTarget
 from diskmorph.formats.docker_registry.reference import is_reference, parse_reference
 from diskmorph.formats.errors import OptionError, TargetError
@@ -51,8 +52,10 @@ def parse_output(target: str, format: str | None = None) -> Output:
     """Return what a DST says. `oci:DIR[:TAG]`, `oci-archive:FILE[:NAME:TAG]`, `docker-archive:FILE[:NAME:TAG]`.
 
     `docker://HOST/NAME[:TAG]` is an image in a registry. Else NAME.tar (or .tar.gz, .tgz, .tar.zst) is an archive,
-    anything else a directory, unless `format` decides. Raises OptionError.
+    anything else a directory, unless `format` decides; `-` takes a tar archive alone. Raises OptionError.
     """
+    if (target == STDOUT and format != "tar") or target.partition(":")[::2] in {(k, STDOUT) for k in IMAGE_FORMATS}:
+        raise OptionError("standard output takes no directory and no image", hint="an archive does: -O tar")
     if is_reference(target):
         parse_reference(target)
         return Output("docker", Path(), url=target)

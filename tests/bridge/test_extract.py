@@ -351,6 +351,14 @@ def test_ls_and_cat(tmp_path: Path) -> None:
         assert subprocess.run(words, capture_output=True, check=True).stdout == want
 
 
+def test_standard_output_takes_an_archive_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path / "root", "a", b"x")
+    for words in (("-",), ("-", "-O", "oci-archive"), ("docker-archive:-",), ("oci:-",)):
+        assert dm("extract", tmp_path / "root", *words).status == 2
+    assert not (tmp_path / "-").exists()
+
+
 def test_ls_of_odd_names_and_times(tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(tar_file(tar_entry("a\nb"), tar_entry("c")))
     assert dm("ls", tmp_path / "x.tar").ok().out == "a\\nb\nc\n"
