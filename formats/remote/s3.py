@@ -7,6 +7,8 @@ from typing import Any
 from diskmorph.formats.errors import IntegrityError, OptionError, SourceError, UnsupportedError
 from diskmorph.formats.remote.blocks import BlockSource
 
+_ATTEMPTS = 6
+
 
 def split(url: str) -> tuple[str, str]:
     """Return (bucket, key) of s3://BUCKET/KEY. Raises OptionError."""
@@ -26,7 +28,7 @@ def client() -> Any:
             "s3:// needs boto3", feature="s3", hint="install it with pip install 'diskmorph[aws]'"
         ) from error
     return boto3.client(
-        "s3", config=Config(max_pool_connections=16, retries={"total_max_attempts": 6, "mode": "standard"})
+        "s3", config=Config(max_pool_connections=16, retries={"total_max_attempts": _ATTEMPTS, "mode": "standard"})
     )
 
 
@@ -55,14 +57,24 @@ class S3Source(BlockSource):
             raise SourceError(f"s3:{action} fails: {error}", file=self.name) from error
 
     def fetch(self, offset: int, length: int) -> bytes:
-        """See BlockSource."""
+        """See BlockSource; an answer that breaks off, which boto3 does not ask for again, is asked for again."""
+        from botocore.exceptions import BotoCoreError  # noqa: PLC0415
+
         span = f"bytes={offset}-{offset + length - 1}"
-        data: bytes = self._call("get_object", Range=span, IfMatch=self._etag)["Body"].read()
-        if len(data) != length:
-            raise SourceError(
-                "S3 answered with fewer bytes", file=self.name, offset=offset, expected=length, found=len(data)
-            )
-        return data
+        problem: BotoCoreError | None = None
+        found = 0
+        for _ in range(_ATTEMPTS):
+            try:
+                data: bytes = self._call("get_object", Range=span, IfMatch=self._etag)["Body"].read()
+            except BotoCoreError as error:
+                problem = error
+                continue
+            found = len(data)
+            if found == length:
+                return data
+        raise SourceError(
+            "S3 breaks off its answers", file=self.name, offset=offset, expected=f"{length} bytes", found=found
+        ) from problem
 
     @property
     def version(self) -> str | None:

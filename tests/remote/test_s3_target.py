@@ -5,13 +5,16 @@ from urllib.request import Request, urlopen
 
 import boto3
 import pytest
+from botocore.exceptions import IncompleteReadError, ResponseStreamingError
+from botocore.response import StreamingBody
 from clikit import dm
 from moto.server import ThreadedMotoServer
 
 import diskmorph
 from diskmorph.formats import marks
-from diskmorph.formats.errors import OptionError, TargetError, UnsupportedError
+from diskmorph.formats.errors import OptionError, SourceError, TargetError, UnsupportedError
 from diskmorph.formats.remote import s3_target
+from diskmorph.formats.remote.s3 import S3Source
 
 from testkit import MIB, content, data, little_disk, pattern_disk, run, write_image
 
@@ -184,6 +187,24 @@ def test_what_cannot_be_had(s3, source, tmp_path):
     with pytest.raises(UnsupportedError, match="folder"):
         diskmorph.convert(tmp_path / "tree", "s3://bkt/made", options=options(target_format="oci"))
     assert not left_over(s3)
+
+
+def test_an_answer_that_breaks_off_is_asked_for_again(s3, monkeypatch):
+    s3.put_object(Bucket="bkt", Key="x", Body=b"content")
+    faults = [ResponseStreamingError(error="reset"), IncompleteReadError(actual_bytes=1, expected_bytes=7)]
+    real = StreamingBody.read
+
+    def read(stream, amt=None):
+        if faults:
+            raise faults.pop()
+        return real(stream, amt)
+
+    monkeypatch.setattr(StreamingBody, "read", read)
+    with S3Source("s3://bkt/x") as source:
+        assert source.fetch(0, 7) == b"content"
+        faults += [ResponseStreamingError(error="reset")] * 100
+        with pytest.raises(SourceError, match="breaks off"):
+            source.fetch(0, 7)
 
 
 def test_an_object_carries_its_jobs_mark(s3, source):
