@@ -355,7 +355,7 @@ def test_a_huge_disk_of_zeroes_costs_nothing(tmp_path: Path) -> None:
     path.write_bytes(blob)
     begun = time.monotonic()
     disk = opened(path)
-    assert disk.size == 1 << 62
+    assert disk.size == 1 << 51
     assert len(np.concatenate(list(disk.extents()))) == 1
     assert [finding.structure for finding in check(path).findings] == ["chunk table 0"], "its sum is one sector's"
     assert time.monotonic() - begun < 2
