@@ -38,7 +38,7 @@ def describe(
     """
     limits = limits or Limits()
     parents = Parents.of(parents)
-    with Opener(parents, limits).user_file(path) if source is None else nullcontext(source) as opened:
+    with Opener(parents, limits).user_source(path) if source is None else nullcontext(source) as opened:
         entry, found = identify(opened, format)
         if entry.kind in {"disk", "wrapper"}:
             return None

@@ -29,6 +29,7 @@ from diskmorph.formats.ovf.manifest import build_manifest, digest_of, manifest_s
 from diskmorph.formats.ovf.profile import MachineOptions, portable_machine, portable_stem, read_options
 from diskmorph.formats.ovf.writer import WrittenDisk, build_envelope, envelope_room
 from diskmorph.formats.packages import open_package
+from diskmorph.formats.policy import Opener
 from diskmorph.formats.probe import signatures
 from diskmorph.formats.source import BytesSource, FileSource
 from diskmorph.formats.tarheader import END, build_header, padding
@@ -136,7 +137,7 @@ def _package(source: Source, options: ConvertOptions) -> Package | None:
         return None
     kind = options.source_format
     if kind is None:
-        with FileSource(source, shared=options.parents.shared) as file:
+        with Opener(options.parents, options.limits).user_source(source) as file:
             kind = next((found.format for found in signatures(file) if found.outer), None)
     if kind not in {"ova", "ovf"}:
         return None

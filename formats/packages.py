@@ -94,7 +94,7 @@ def open_package(
 
     limits = limits or Limits()
     opener = Opener(Parents.of(parents), limits)
-    source = cast("ByteSource", path) if hasattr(path, "pread") else opener.user_file(cast("str", path))
+    source = cast("ByteSource", path) if hasattr(path, "pread") else opener.user_source(cast("str", path))
     try:
         entry, _ = identify(source, format)
         if not is_package(entry.name):

@@ -9,6 +9,7 @@ import threading
 import time
 
 import pytest
+from clikit import dm
 
 import diskmorph
 from diskmorph.formats.errors import IntegrityError, SourceError, TargetError
@@ -235,3 +236,15 @@ def test_a_server_that_answers_in_small_pieces(image):
         server.most = 1
         with pytest.raises(SourceError, match="breaks off"):
             source.read(0, MIB)
+
+
+def test_packages_from_a_server_and_info(tmp_path, image):
+    with Server(image) as server:
+        assert dm("info", "--json", server.url).ok().json["virtual_size"] == little_disk().size
+    (tmp_path / "disk.qcow2").write_bytes(image)
+    diskmorph.convert(tmp_path / "disk.qcow2", tmp_path / "vm.ova")
+    with Server((tmp_path / "vm.ova").read_bytes()) as server:
+        assert dm("info", "--json", server.url).ok().json["machines"][0]["name"] == "vm"
+        diskmorph.convert(server.url, tmp_path / "again.ova")
+    with Server(image) as server:
+        diskmorph.convert(server.url, tmp_path / "disk.ova")
