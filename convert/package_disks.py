@@ -84,7 +84,9 @@ def _names(disks: list[MachineDisk]) -> Iterator[str]:
         while _SUFFIXES.search(stem):
             stem = _SUFFIXES.sub("", stem)
         stem = _UNSAFE.sub("-", stem).strip("-. ")[:100] or f"disk{disk.number}"
-        name = stem if stem.lower() not in seen else f"{stem}-{disk.number}"
+        name = stem
+        while name.lower() in seen:
+            name = f"{name}-{disk.number}"
         seen.add(name.lower())
         yield name
 

@@ -190,6 +190,19 @@ def test_packages_of_many_machines_are_refused_unless_a_disk_is_chosen(tmp_path,
         assert package.machines[0].name == "b"
 
 
+def test_names_of_disks_that_differ_by_suffix_or_number(tmp_path, disk):
+    raw, qcow2 = disk
+    names = ["x.img", "x-3.qcow2", "x.qcow2"]
+    refs = "".join(f'<File ovf:id="f{n}" ovf:href="{name}"/>' for n, name in enumerate(names, 1))
+    rows = "".join(f'<Disk ovf:diskId="d{n}" ovf:fileRef="f{n}" ovf:capacity="1"/>' for n in (1, 2, 3))
+    files = [(name, qcow2.read_bytes()) for name in names]
+    path = ova(tmp_path / "x.ova", ("x.ovf", envelope(refs, rows, system("a", hardware(3)))), *files)
+    diskmorph.convert(path, f"{tmp_path}/out/", options=ConvertOptions(target_format="raw", sync=False))
+    found = sorted((tmp_path / "out").iterdir())
+    assert [file.name for file in found] == ["x-3-3.raw", "x-3.raw", "x.raw"]
+    assert all(sha256(file) == sha256(raw) for file in found)
+
+
 def test_a_disk_of_no_machine_is_told_of(tmp_path, disk):
     _, qcow2 = disk
     refs = "".join(f'<File ovf:id="f{n}" ovf:href="{n}.qcow2"/>' for n in (1, 2))
