@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 _OVERHEAD = 64 << 20
 """Bytes that a disk's file may have beyond its capacity and an eighth of it: tables, data that does not compress."""
+_ROUNDED = 1 << 20
+"""What writers round a capacity up to, at the most."""
 # What a Disk's format URI claims, where its file's name has no suffix that does.
 _CLAIMS = (("vmdk", "vmdk"), ("vhdx", "vhdx"), ("vhd", "vhd"), ("vdi", "vdi"), ("qcow", "qcow2"))
 
@@ -146,10 +148,27 @@ class OvfPackage(Package):
         source = self._file(ref)
         try:
             entry, _ = identify(source, self._claimed(ref, source))
+            if entry.name == RAW.name:
+                self._require_capacity(ref, source)
             return open_chain(source, entry, OpenContext(self._opener, self._limits))
         except BaseException:
             source.close()
             raise
+
+    def _require_capacity(self, ref: DiskRef, source: ByteSource) -> None:
+        """Raise FormatError where plain bytes are fewer than the disk has: nothing else would tell of the cut."""
+        if ref.capacity is None or source.size + _ROUNDED > ref.capacity:
+            return
+        raise FormatError(
+            f"its file {self.envelope.files[ref.file or ''].href} is cut off, or its disk's capacity is wrong",
+            file=self.name,
+            format=self.format,
+            structure="Disk",
+            field="capacity",
+            expected=f"{ref.capacity} bytes",
+            found=source.size,
+            hint="take the file out of the package and convert it with -f raw",
+        )
 
     def _layer(self, ref: DiskRef) -> Disk:
         if ref.file is None:

@@ -203,6 +203,21 @@ def test_names_of_disks_that_differ_by_suffix_or_number(tmp_path, disk):
     assert all(sha256(file) == sha256(raw) for file in found)
 
 
+def test_plain_bytes_that_are_fewer_than_the_disk_has(tmp_path, disk):
+    raw, _ = disk
+    size = raw.stat().st_size
+    for held, fits in ((size, True), (size - MIB, False)):
+        rows = f'<Disk ovf:diskId="d1" ovf:fileRef="f1" ovf:capacity="{size + MIB - 1}"/>'
+        described = envelope('<File ovf:id="f1" ovf:href="d.img"/>', rows)
+        path = ova(tmp_path / "x.ova", ("x.ovf", described), ("d.img", raw.read_bytes()[:held]))
+        words = ConvertOptions(force=True, sync=False)
+        if fits:
+            assert diskmorph.convert(path, tmp_path / "x.raw", options=words).virtual_size == size
+            continue
+        with pytest.raises(DiskmorphError, match="cut off"):
+            diskmorph.convert(path, tmp_path / "x.raw", options=words)
+
+
 def test_a_disk_of_no_machine_is_told_of(tmp_path, disk):
     _, qcow2 = disk
     refs = "".join(f'<File ovf:id="f{n}" ovf:href="{n}.qcow2"/>' for n in (1, 2))
