@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, out: Output) -> int:
     """See diskmorph.commands."""
     from diskmorph.formats.errors import OptionError, SourceError
+    from diskmorph.formats.output import StreamTarget
     from diskmorph.formats.tree import chunks
 
     if out.json:
@@ -46,7 +47,10 @@ def run(args: argparse.Namespace, out: Output) -> int:
             what = "no" if node is None else "no file"
             raise SourceError(f"has {what} {args.path}", file=args.source)
         out.flush()
-        for chunk in chunks(node):
-            sys.stdout.buffer.write(chunk)
-        sys.stdout.buffer.flush()
+        done = 0
+        with StreamTarget(sys.stdout.buffer) as target:
+            for chunk in chunks(node):
+                target.members[0].write(done, chunk)
+                done += len(chunk)
+            target.commit([done])
     return 0

@@ -173,3 +173,22 @@ def test_quiet_says_nothing(disk: Path, tmp_path: Path) -> None:
         done = dm(*words).ok()
         assert (done.out, done.err) == ("", "")
     assert dm("digest", "-q", disk).ok().out.strip()
+
+
+@pytest.mark.parametrize("verb", ["convert", "cat"])
+def test_a_full_pipe_that_does_not_block_gets_all(disk: Path, tmp_path: Path, verb: str) -> None:
+    """Unbuffered standard output is a raw stream, which takes a part of what it is given."""
+    folder = tmp_path / "tree"
+    folder.mkdir()
+    (folder / "file").write_bytes(disk.read_bytes())
+    words = ["convert", "-O", "raw", disk, "-"] if verb == "convert" else ["cat", folder, "/file"]
+    source, sink = os.pipe()
+    os.set_blocking(sink, False)
+    unbuffered = os.environ | {"PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen([*COMMAND, *map(str, words)], stdout=sink, stderr=subprocess.PIPE, env=unbuffered) as child:
+        os.close(sink)
+        with open(source, "rb") as file:
+            time.sleep(0.5)
+            got = file.read()
+        assert child.wait() == 0, child.stderr and child.stderr.read()
+    assert got == disk.read_bytes()
