@@ -86,7 +86,7 @@ def identify(source: ByteSource, format: str | None = None) -> tuple[Format, lis
     claimed = format_of_suffix(source.name) if source.path is not None else None
     if claimed is not None and claimed.kind == "wrapper":
         _refuse_archive(source)
-    elif not found:
+    elif not found and (claimed is None or claimed.kind != "package"):  # a damaged package is told as one
         refuse_foreign(source)
     if claimed is not None and claimed is not RAW:
         raise FormatError(
