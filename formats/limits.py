@@ -11,7 +11,7 @@ KIB, MIB, GIB, TIB, PIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40, 1 << 50
 class Limits:
     """Bounds on what hostile input may cost; passed down from every `open_*` function. Sizes are in bytes."""
 
-    virtual_size: int = 2 * PIB
+    virtual_size: int = 4 * PIB
     """The size of a disk, of which every part is looked at, though it may hold nothing."""
     resident_table: int = 64 * MIB
     """First-level tables that are held in memory at once (an L1 table, a BAT, a grain directory)."""

@@ -28,11 +28,11 @@ def test_the_digest_ends_when_the_conversion_fails(tmp_path: Path, monkeypatch: 
         raise TargetError("no")
 
     monkeypatch.setattr("diskmorph.convert.job.run", fail)
-    begun = time.monotonic()
+    threads, begun = threading.active_count(), time.monotonic()
     with pytest.raises(TargetError, match="no"):
         diskmorph.convert(Zero(4 * TIB), tmp_path / "a.raw", options=diskmorph.ConvertOptions(digest=True))
     assert time.monotonic() - begun < 30
-    assert threading.active_count() == 1
+    assert threading.active_count() <= threads
 
 
 class Busy:
@@ -64,6 +64,7 @@ def test_no_worker_outlives_its_crew_however_often_that_is_interrupted() -> None
             time.sleep(0.15)
             os.kill(os.getpid(), signal.SIGINT)
 
+    threads = threading.active_count()
     presser = threading.Thread(target=press)
     presser.start()
     with pytest.raises(KeyboardInterrupt):
@@ -72,4 +73,4 @@ def test_no_worker_outlives_its_crew_however_often_that_is_interrupted() -> None
     with contextlib.suppress(KeyboardInterrupt):
         presser.join()
     assert sorted(written) == [False, True]
-    assert threading.active_count() == 1
+    assert threading.active_count() <= threads
