@@ -15,15 +15,15 @@ def decode_frames(data: bytes, length: int, sector: int = _PAGE) -> bytes:
     out = bytearray()
     at = 4
     while at < total and len(out) < length:
-        left = sector - at % sector
-        if left < 4:  # a length does not cross a sector's end
-            at += left
         size = int.from_bytes(data[at : at + 4], "little")
         at += 4
         if not size or at + size > len(data):
             raise _damaged()
         out += decompress(data[at : at + size], sector)
         at += size
+        left = sector - at % sector
+        if left < 4:  # a length does not cross a sector's end; behind the last segment, this is counted in `total`
+            at += left
     return bytes(out[:length])
 
 

@@ -184,6 +184,16 @@ def test_lzo_by_hand() -> None:
         decode_frames(b"\x0c\0\0\0\x09\0\0\0" + end + b"\0", 10)
 
 
+@pytest.mark.parametrize("spare", [0, 1, 2, 3, 4])
+def test_lzo_counts_what_is_spare_behind_the_last_segment(spare: int) -> None:
+    """A length does not cross a sector's end: where no room for one is left, the kernel's total includes the rest."""
+    text = data("lzo", 64 - 8 - 4 - spare)
+    segment = bytes([17 + len(text)]) + text + b"\x11\0\0"
+    total = 64 if spare < 4 else 64 - spare
+    frames = total.to_bytes(4, "little") + len(segment).to_bytes(4, "little") + segment + bytes(spare)
+    assert decode_frames(frames, 200, 64) == text
+
+
 def test_random_lzo_streams_end() -> None:
     chance = random.Random(1)
     for _ in range(3000):

@@ -179,8 +179,12 @@ def test_what_cannot_be_encrypted_is_refused():
 def test_trying_a_passphrase_takes_time():
     from diskmorph.formats.luks import making, schema
 
-    quick, slow = (schema.HEADER1.parse(making.new_header(b"p", ms).data).slots[0].iterations for ms in (20, 200))
-    assert quick >= 1000 and slow > 3 * quick
+    for _ in range(5):  # it measures this machine, which other work may hold up
+        quick, slow = (schema.HEADER1.parse(making.new_header(b"p", ms).data).slots[0].iterations for ms in (20, 200))
+        assert quick >= 1000
+        if slow > 3 * quick:
+            return
+    pytest.fail(f"{slow} iterations in 200 ms, {quick} in 20 ms")
 
 
 def test_legacy_aes_is_read():
