@@ -15,7 +15,7 @@ from diskmorph.convert.plan import STDOUT, Plan, make_plan
 from diskmorph.convert.workers import Stopped
 from diskmorph.formats.errors import OptionError, TargetError, UnsupportedError
 from diskmorph.formats.output import FileTarget, StreamTarget, Target
-from diskmorph.formats.output_device import DeviceTarget
+from diskmorph.formats.output_in_place import DeviceTarget
 from diskmorph.formats.remote import is_url
 
 if TYPE_CHECKING:

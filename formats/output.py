@@ -1,4 +1,4 @@
-"""Targets that appear whole or not at all: files, standard output; output_device.py has the block device.
+"""Targets that appear whole or not at all: files, standard output. What is written in place: output_in_place.py.
 
 A `Target` holds one `Member` for each file of the image. Members are written under no name (or a temporary one) and
 take their names in `commit`; leaving the context without `commit` leaves nothing behind.

@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from diskmorph.formats.errors import SourceError, TargetError
-from diskmorph.formats.output import Member, Target
+from diskmorph.formats.output_in_place import InPlaceMember, InPlaceTarget
 from diskmorph.formats.remote import nbd_schema as wire
 from diskmorph.formats.remote.nbd import Connection, NbdSource
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from diskmorph.formats.source import Buffer, ByteSource
 
@@ -22,10 +22,8 @@ _SPAN = 128 << 20
 """Bytes zeroed by one request: servers that must write them answer before they time out."""
 
 
-class NbdMember(Member):
+class NbdMember(InPlaceMember):
     """The export: zeroes by WRITE_ZEROES, else by TRIM where block status then says that they read so, else written."""
-
-    fresh = False
 
     def __init__(self, url: str, size: int) -> None:
         self.name = url
@@ -137,23 +135,11 @@ class NbdMember(Member):
         self._free = []
 
 
-class NbdTarget(Target):
+class NbdTarget(InPlaceTarget):
     """An export of at least `size` bytes; what is beyond them stays as it is. Raises TargetError, OptionError."""
 
     def __init__(self, url: str, size: int, *, sync: bool = True) -> None:
-        self._member = NbdMember(url, size)
-        self._sync = sync
-        self.members = (self._member,)
-
-    def commit(self, sizes: Sequence[int]) -> None:
-        """See Target."""
-        del sizes
-        if self._sync:
-            self._member.sync()
-
-    def close(self) -> None:
-        """See Target."""
-        self._member.close()
+        super().__init__(NbdMember(url, size), sync=sync)
 
 
 def _as_target(error: SourceError) -> TargetError:

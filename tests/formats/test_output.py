@@ -13,7 +13,7 @@ import pytest
 
 from diskmorph.formats.errors import IntegrityError, TargetError
 from diskmorph.formats.output import FileMember, FileTarget, StreamTarget
-from diskmorph.formats.output_device import DeviceTarget
+from diskmorph.formats.output_in_place import DeviceTarget
 
 
 def names(folder: Path) -> set[str]:

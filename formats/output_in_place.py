@@ -1,10 +1,11 @@
-"""A block device as a target: written in place, whole or undefined."""
+"""Targets that are there already and are written in place: a failure leaves their content undefined."""
 
 from __future__ import annotations
 
 import errno
 import os
 import stat
+from abc import abstractmethod
 from typing import TYPE_CHECKING
 
 from diskmorph.formats.errors import TargetError
@@ -17,10 +18,41 @@ if TYPE_CHECKING:
     from diskmorph.formats.source import Buffer
 
 
-class DeviceMember(Member):
-    """A block device, written in place: nothing in it is fresh."""
+class InPlaceMember(Member):
+    """What is written in place; nothing in it is fresh."""
 
     fresh = False
+
+    @abstractmethod
+    def sync(self) -> None:
+        """Wait until what was written is on stable storage. Raises TargetError."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of it."""
+
+
+class InPlaceTarget(Target):
+    """One member that is written in place."""
+
+    def __init__(self, member: InPlaceMember, *, sync: bool = True) -> None:
+        self._member = member
+        self._sync = sync
+        self.members = (member,)
+
+    def commit(self, sizes: Sequence[int]) -> None:
+        """See Target."""
+        del sizes
+        if self._sync:
+            self._member.sync()
+
+    def close(self) -> None:
+        """See Target."""
+        self._member.close()
+
+
+class DeviceMember(InPlaceMember):
+    """A block device."""
 
     def __init__(self, path: Path, size: int) -> None:
         self.name = str(path)
@@ -78,20 +110,8 @@ class DeviceMember(Member):
             self._fd = -1
 
 
-class DeviceTarget(Target):
-    """A block device that the user named with `--device`. A failure leaves its content undefined."""
+class DeviceTarget(InPlaceTarget):
+    """A block device that the user named with `--device`."""
 
     def __init__(self, path: Path, size: int, *, sync: bool = True) -> None:
-        self._member = DeviceMember(path, size)
-        self._sync = sync
-        self.members = (self._member,)
-
-    def commit(self, sizes: Sequence[int]) -> None:
-        """See Target."""
-        del sizes
-        if self._sync:
-            self._member.sync()
-
-    def close(self) -> None:
-        """See Target."""
-        self._member.close()
+        super().__init__(DeviceMember(path, size), sync=sync)
