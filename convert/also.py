@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diskmorph.convert.opening import Opened, open_source
+from diskmorph.convert.opening import open_asked, origin_of, refuse_same
 from diskmorph.convert.options import ConvertOptions, ConvertReport
 from diskmorph.convert.plan import make_plan, target_format
 from diskmorph.convert.targets import applied
@@ -20,7 +20,6 @@ from diskmorph.formats.errors import DiskmorphError, OptionError, TargetError
 from diskmorph.formats.policy import Parents
 from diskmorph.formats.remote import is_url
 from diskmorph.formats.tree_names import split_prefix
-from diskmorph.formats.views import Zero
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -86,8 +85,8 @@ def _further(
     first: ConvertOptions,
 ) -> _Further:
     """Decide how a further target is made. Raises OptionError and TargetError for one that cannot be."""
-    from diskmorph.convert.job import convert as convert_disk  # noqa: PLC0415 - routes are chosen without it
-    from diskmorph.convert.routes import converter  # noqa: PLC0415
+    from diskmorph.convert.job import convert as convert_disk  # noqa: PLC0415 - loads the pipeline
+    from diskmorph.convert.routes import converter  # noqa: PLC0415 - which takes this module
 
     same = _is_of_one_format(target, name, first)
     again = _again(target, first, same=same)
@@ -195,32 +194,17 @@ def _refuse_sources(sources: Sequence[str | os.PathLike[str] | Disk], options: C
     for source in sources if taken else ():
         if source == "-" or (isinstance(source, str) and is_url(source)):
             continue
-        try:
-            opened = _opened(source, options)
-        except DiskmorphError:  # a package of several disks, a tree, or a conversion that fails and says why
-            opened = Opened(str(source), Zero(0), "", origins=_itself(source))
-        with opened:
-            for path in taken:
-                opened.refuse_to_write(path)
+        origins = _origins(source, options)
+        for path in taken:
+            refuse_same(path, origins)
 
 
-def _itself(source: object) -> Mapping[tuple[int, int], str]:
+def _origins(source: str | os.PathLike[str] | Disk, options: ConvertOptions) -> Mapping[tuple[int, int], str]:
     try:
-        status = Path(str(source)).stat()
-    except OSError:
-        return {}
-    return {(status.st_dev, status.st_ino): str(source)}
-
-
-def _opened(source: str | os.PathLike[str] | Disk, options: ConvertOptions) -> Opened:
-    return open_source(
-        source,
-        format=options.source_format,
-        parents=options.parents,
-        limits=options.limits,
-        snapshot=options.snapshot,
-        disk=options.disk,
-    )
+        with open_asked(source, options) as opened:
+            return opened.every_origin()
+    except DiskmorphError:  # a package of several disks, a tree, or a conversion that fails and says why
+        return {} if isinstance(source, Disk) else origin_of(source)
 
 
 def _backing(options: ConvertOptions) -> Path | None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diskmorph.convert.job import perform
-from diskmorph.convert.opening import Opened, open_source
+from diskmorph.convert.opening import Opened, open_asked
 from diskmorph.convert.options import ConvertOptions, ConvertReport, Moved, Progress
 from diskmorph.convert.plan import STDOUT, clear_text, make_plan, target_format
 from diskmorph.convert.targets import applied
@@ -101,9 +101,7 @@ def _refuse(name: str, format: str, options: ConvertOptions) -> None:
 
 
 def _open(source: str | os.PathLike[str] | Disk, options: ConvertOptions) -> Opened:
-    opened = open_source(
-        source, format=options.source_format, parents=options.parents, limits=options.limits, disk=options.disk
-    )
+    opened = open_asked(source, options)
     if not opened.layers:
         opened.close()
         raise UnsupportedError("is no image with layers", feature="--keep-chain", file=opened.name)
@@ -143,13 +141,7 @@ def _bitmaps(layer: ImageDisk, format: str) -> tuple[tuple[DirtyBitmap, ...], li
 
 
 def _snapshot(name: str, snapshot: Snapshot, options: ConvertOptions, stack: contextlib.ExitStack) -> Disk:
-    opened = open_source(
-        name,
-        format=options.source_format,
-        parents=options.parents,
-        limits=options.limits,
-        snapshot=snapshot.id or snapshot.name,
-    )
+    opened = open_asked(name, replace(options, snapshot=snapshot.id or snapshot.name, disk=None))
     stack.callback(opened.close)
     return opened.disk
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diskmorph.convert.job import perform, refuse_own_files
-from diskmorph.convert.opening import Opened, open_source
+from diskmorph.convert.opening import Opened, open_asked, open_source
 from diskmorph.convert.options import ConvertOptions, ConvertReport, whole_bytes
 from diskmorph.convert.plan import STDOUT, Plan, losses, make_plan, require_zero
 from diskmorph.convert.variants import Variant, lost_by_plan, lost_room, variant_of
@@ -73,9 +73,7 @@ def resize(
     if os.fspath(path) == STDOUT:
         raise OptionError("standard input cannot be resized", hint="`convert --size SIZE - DST` takes it")
     size = whole_bytes(size, "size")
-    with open_source(
-        path, format=options.source_format, parents=options.parents, limits=options.limits, snapshot=options.snapshot
-    ) as opened:
+    with open_asked(path, options) as opened:
         disk = _resized(opened.disk, size, shrink=shrink)
         variant = _variant(opened, options, elsewhere=output is not None)
         wanted = replace(options if variant is None else variant.options, size=None)

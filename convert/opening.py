@@ -19,6 +19,7 @@ from diskmorph.formats.source import ByteSource, FilePool, FileSource
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from diskmorph.convert.options import ConvertOptions
     from diskmorph.formats.policy import Allowed
     from diskmorph.formats.probe import Signature
 
@@ -46,22 +47,15 @@ class Opened:
         return [source for source in self.disk.files if isinstance(source, FileSource)]
 
     def refuse_to_write(self, path: Path, *, device: bool = False) -> None:
-        """Raise TargetError where `path` is one of the files that are read; a symbolic link to one may be replaced.
+        """Raise TargetError where `path` is one of the files that are read; see `refuse_same`."""
+        refuse_same(path, self.every_origin(), device=device)
 
-        `device`: a link is followed, as it is when a device is written.
-        """
-        try:
-            status = path.stat() if device else path.lstat()
-        except OSError:
-            return
-        key = (status.st_dev, status.st_ino)
-        for origins in (self.origins, *(source.origins() for source in self.disk.files)):
-            if key in origins and not stat.S_ISLNK(status.st_mode):
-                raise TargetError(
-                    f"is the same file as {origins[key]}, which is read",
-                    file=str(path),
-                    hint="write to another name",
-                )
+    def every_origin(self) -> dict[tuple[int, int], str]:
+        """Return `origins`, and those of files that came with an open disk."""
+        found = dict(self.origins)
+        for source in self.disk.files:
+            found.update(source.origins())
+        return found
 
     def close(self) -> None:
         """Close the disk, unless the caller brought it open."""
@@ -73,6 +67,46 @@ class Opened:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def origin_of(name: str | os.PathLike[str]) -> dict[tuple[int, int], str]:
+    """Return a file that the user named as `origins` have it; nothing for directories, and for what is no file."""
+    try:
+        status = Path(name).stat()
+    except (OSError, ValueError):  # ValueError: no file has such a name
+        return {}
+    return {} if stat.S_ISDIR(status.st_mode) else {(status.st_dev, status.st_ino): os.fspath(name)}
+
+
+def refuse_same(path: Path, origins: Mapping[tuple[int, int], str], *, device: bool = False) -> None:
+    """Raise TargetError where `path` is one of the files in `origins`; a symbolic link to one may be replaced.
+
+    `device`: a link is followed, as it is when a device is written.
+    """
+    try:
+        status = path.stat() if device else path.lstat()
+    except OSError:
+        return
+    name = origins.get((status.st_dev, status.st_ino))
+    if name is not None and not stat.S_ISLNK(status.st_mode):
+        raise same_file(path, name)
+
+
+def same_file(path: Path, name: str) -> TargetError:
+    """Return what tells that a target is a file that is read."""
+    return TargetError(f"is the same file as {name}, which is read", file=str(path), hint="write to another name")
+
+
+def open_asked(what: str | os.PathLike[str] | Disk, options: ConvertOptions) -> Opened:
+    """Open a source as a conversion's options say. Raises what `open_source` raises."""
+    return open_source(
+        what,
+        format=options.source_format,
+        parents=options.parents,
+        limits=options.limits,
+        snapshot=options.snapshot,
+        disk=options.disk,
+    )
 
 
 def open_source(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from diskmorph.convert.copy import run
 from diskmorph.convert.job import transfer_of
+from diskmorph.convert.opening import origin_of, refuse_same
 from diskmorph.convert.options import ConvertOptions, ConvertReport, Moved, Progress
 from diskmorph.convert.plan import STDOUT, Plan, make_plan
 from diskmorph.convert.slots import Slot, SlotTarget
@@ -192,11 +193,7 @@ class _Job:
             for plan in self._plans:
                 plan.source.refuse_to_write(path)
             for source in read:
-                with contextlib.suppress(OSError):
-                    if not path.is_symlink() and source.samefile(path):
-                        raise TargetError(
-                            f"is the same file as {source}, which is read", file=str(path), hint="write to another name"
-                        )
+                refuse_same(path, origin_of(source))
 
     def _plan(self, one: _SourceDisk, file: str) -> Plan:
         options = replace(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from diskmorph.convert.guess import remarks_on_guess
-from diskmorph.convert.opening import Opened, open_source
+from diskmorph.convert.opening import Opened, open_asked, open_source
 from diskmorph.convert.targets import Profile, applied, changes, padded
 from diskmorph.formats.allocator import Allocator, Identity, NewImage, NewParent
 from diskmorph.formats.errors import FormatError, OptionError, TargetError, UnsupportedError
@@ -76,14 +76,7 @@ def make_plan(
     name = os.fspath(target)
     options, profile = applied(options, name)
     entry = target_format(name, options)
-    opened = open_source(
-        source,
-        format=options.source_format,
-        parents=options.parents,
-        limits=options.limits,
-        snapshot=options.snapshot,
-        disk=options.disk,
-    )
+    opened = open_asked(source, options)
     base: Opened | None = None
     journal: Journal | None = None
     try:

@@ -7,7 +7,7 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diskmorph.formats.errors import TargetError
+from diskmorph.convert.opening import origin_of, refuse_same, same_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -21,24 +21,24 @@ def refuse_sources(targets: Iterable[Path], names: Iterable[str], tree: Tree | N
     `names`: files and directories that the user named; others (URLs) are passed over. A symbolic link may be replaced.
     The files behind a compressed archive are known by its name alone: they were decoded and closed.
     """
-    named = [name for name in names if os.path.exists(name)]  # noqa: PTH110 - Path.exists raises for odd names
+    origins: dict[tuple[int, int], str] = {}
+    for source in tree.sources if tree is not None else ():
+        origins.update(source.origins())
+    folders = []
+    for name in names:
+        origins.update(origin_of(name))
+        if os.path.isdir(name):  # noqa: PTH112 - Path.is_dir raises for odd names
+            folders.append(Path(name).resolve())
     for path in targets:
-        try:
-            status = path.lstat()
-        except OSError:
-            continue
-        if stat.S_ISLNK(status.st_mode):
-            continue
-        key = (status.st_dev, status.st_ino)
-        for source in tree.sources if tree is not None else ():
-            if key in source.origins():
-                raise _same(path, source.origins()[key])
-        for name in named:
-            if path.samefile(name) and not path.is_dir():
-                raise _same(path, name)
-            if Path(name).is_dir() and not path.is_dir() and path.parent.resolve().is_relative_to(Path(name).resolve()):
-                raise _same(path, str(path))
+        refuse_same(path, origins)
+        if _is_plain(path) and any(path.parent.resolve().is_relative_to(folder) for folder in folders):
+            raise same_file(path, str(path))
 
 
-def _same(path: Path, name: str) -> TargetError:
-    return TargetError(f"is the same file as {name}, which is read", file=str(path), hint="write to another name")
+def _is_plain(path: Path) -> bool:
+    """Say whether there is a file that would be replaced, no link and no directory."""
+    try:
+        mode = path.lstat().st_mode
+    except OSError:
+        return False
+    return not stat.S_ISLNK(mode) and not stat.S_ISDIR(mode)
