@@ -64,9 +64,10 @@ def check(
         report = module.check_image(source, context, repair)
         if repair is None or (not report.patches and output is None):
             return _result(str(path), report)
-        patches = plan_repair(module, source, context, repair, report)
         if output is not None:
             _refuse_parts(module, source, context, Path(output))
+        patches = plan_repair(module, source, context, repair, report)
+        if output is not None:
             _repair_copy(source, Path(output), patches, force=force, sync=sync)
         else:
             journal = patch_in_place(source, entry, patches, repair)

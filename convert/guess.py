@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from diskmorph.formats import fsprobe
 from diskmorph.formats.errors import DiskmorphError
 
 if TYPE_CHECKING:
@@ -33,6 +32,8 @@ def _remarks(opened: Opened) -> tuple[str, ...]:
     head = disk.read(0, min(_HEAD, disk.size))
     if opened.signatures or not any(head) or _has_boot_sector(head):
         return ()
+    from diskmorph.formats import fsprobe  # noqa: PLC0415 - few raw disks begin with something else
+
     found = fsprobe.probe(disk)
     if found is None:
         return (f"nothing is known at the beginning of {opened.name}: read as a raw disk",)

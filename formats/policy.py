@@ -150,7 +150,7 @@ def _can_be_a_file(name: str) -> bool:
 def _status(path: Path, *, follow: bool) -> os.stat_result | None:
     """Return what stands at a path, None for nothing: names in images may be longer than any file's can be."""
     try:
-        return os.stat(path, follow_symlinks=follow)  # noqa: PTH116 - Path.stat is no different
+        return path.stat(follow_symlinks=follow)
     except (OSError, ValueError):
         return None
 

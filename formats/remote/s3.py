@@ -58,7 +58,7 @@ class S3Source(BlockSource):
 
     def fetch(self, offset: int, length: int) -> bytes:
         """See BlockSource; an answer that breaks off, which boto3 does not ask for again, is asked for again."""
-        from botocore.exceptions import BotoCoreError  # noqa: PLC0415
+        from botocore.exceptions import BotoCoreError  # noqa: PLC0415 - is an extra
 
         span = f"bytes={offset}-{offset + length - 1}"
         problem: BotoCoreError | None = None
