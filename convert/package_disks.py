@@ -17,6 +17,7 @@ from diskmorph.convert.options import ConvertOptions, ConvertReport, Moved, Prog
 from diskmorph.formats.errors import OptionError, TargetError, UnsupportedError
 from diskmorph.formats.packages import open_package
 from diskmorph.formats.registry import require_format
+from diskmorph.formats.syncing import sync_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -138,7 +139,7 @@ def new_folder(target: Path, *, sync: bool = True, dry_run: bool = False) -> Ite
         shutil.rmtree(building, ignore_errors=True)
         raise
     if sync:
-        _sync(target.parent)
+        sync_folder(target.parent)
 
 
 def _refuse_taken(target: Path) -> None:
@@ -149,11 +150,3 @@ def _refuse_taken(target: Path) -> None:
         raise TargetError(f"cannot be looked into: {error.strerror}", file=str(target)) from error
     if exists and taken:
         raise TargetError("exists already and is not an empty folder", file=str(target), hint="write to another name")
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from diskmorph.formats.errors import PolicyError, TargetError
 from diskmorph.formats.locking import lock_for_writing
+from diskmorph.formats.syncing import sync_folder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -83,11 +84,7 @@ def _write_journal(path: Path, source: ByteSource, entry: Format, patches: Seque
     text = "".join(json.dumps(line) + "\n" for line in lines).encode()
     try:
         _append(journal, text)
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync_folder(path.parent)
     except OSError as error:
         raise TargetError(
             f"the journal cannot be written: {os.strerror(error.errno or 0)}",

@@ -34,6 +34,7 @@ from diskmorph._version import __version__
 from diskmorph.convert.options import Moved
 from diskmorph.formats.allocator import RUN, Identity
 from diskmorph.formats.errors import OptionError, PolicyError, TargetError
+from diskmorph.formats.syncing import sync_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -186,11 +187,7 @@ class Journal:
             os.ftruncate(self._fd, 0)
             os.lseek(self._fd, 0, os.SEEK_SET)
             self._write((json.dumps(begun) + "\n").encode())
-            folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            sync_folder(self.path.parent)
         except OSError as error:
             raise self._failed(error) from error
         return begun

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from diskmorph.formats import marks
 from diskmorph.formats.errors import IntegrityError, TargetError
 from diskmorph.formats.output import Member, Target
+from diskmorph.formats.syncing import sync_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -147,8 +148,4 @@ def _name(fd: int, part: Path, target: Path, *, replace_old: bool) -> None:
             part.unlink()
     except FileExistsError as error:
         raise TargetError("exists already", file=str(target), hint="replace it with --force") from error
-    folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(target.parent)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Self
 from diskmorph.formats.directory.reader import open_beneath
 from diskmorph.formats.errors import FormatError, TargetError
 from diskmorph.formats.marks import attach
+from diskmorph.formats.syncing import sync_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -98,11 +99,7 @@ class DirectoryTarget:
             attach(self._fd, self.path)
             self._part.rename(self.path)
             if self._sync:
-                folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-                try:
-                    os.fsync(folder)
-                finally:
-                    os.close(folder)
+                sync_folder(self.path.parent)
         except OSError as error:
             raise self._failed(error, "named") from error
 

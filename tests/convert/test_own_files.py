@@ -22,7 +22,7 @@ PHRASE = Parents(passphrase=b"secret")
 
 
 def options(**words: object) -> diskmorph.ConvertOptions:
-    return diskmorph.ConvertOptions(force=True, **words)  # type: ignore[arg-type]
+    return diskmorph.ConvertOptions(force=True, **words)  # type: ignore[arg-type]  # words of any kind
 
 
 @pytest.fixture

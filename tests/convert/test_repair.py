@@ -98,7 +98,7 @@ def plan(*patches: Patch, wrong: int = 1) -> list[Patch]:
     source = BytesSource(bytes([wrong, 1, 1]) + bytes(97))
     context = OpenContext(Opener(Parents()))
     module = Made(*patches)
-    return plan_repair(module, source, context, "all", module.check_image(source, context, "all"))  # type: ignore[arg-type]
+    return plan_repair(module, source, context, "all", module.check_image(source, context, "all"))  # type: ignore[arg-type]  # Made stands for a format
 
 
 def test_all_rounds_of_a_repair_are_planned() -> None:

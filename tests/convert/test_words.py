@@ -66,7 +66,7 @@ def test_parents_are_taken_alike_everywhere(tmp_path: Path) -> None:
     diskmorph.create(base, MIB)
     run("qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", over)
     for parents in (str(tmp_path), tmp_path, [tmp_path], iter([str(tmp_path)])):
-        options = ConvertOptions(parents=parents)  # type: ignore[arg-type]
+        options = ConvertOptions(parents=parents)  # type: ignore[arg-type]  # what is no Parents is the test
         assert diskmorph.measure(over, "raw", options=options).format == "raw"
     for allowed in (str(tmp_path), tmp_path, [str(tmp_path)]):
         assert diskmorph.digest(over, parents=allowed).virtual_size == MIB
