@@ -69,6 +69,15 @@ def content(disk: Disk) -> bytes:
     return disk.read(0, disk.size)
 
 
+def reads_as(path: Path, want: bytes, **options: object) -> None:
+    """Hold an image to its content; a rounded size holds zeroes behind it."""
+    with open_disk(path, **options) as disk:  # type: ignore[arg-type]
+        got = content(disk)
+    assert got[: len(want)] == want
+    assert not got[len(want) :].strip(b"\0")
+    assert len(got) - len(want) < 4096
+
+
 def sha256(path: Path | str) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
