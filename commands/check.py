@@ -18,7 +18,8 @@ DESCRIPTION = """\
 Check every structure of an image: headers, copies, checksums, tables, reference counts. Exit status 0: clean, 3: not.
 
 With --repair the image is mended in place: a journal of what was there before is written beside it first. With -o a
-mended copy is written and the image stays as it is."""
+mended copy is written and the image stays as it is. A repair by which data would be lost or written over, or that would
+leave more wrong than it found, is refused."""
 
 EXAMPLES = (
     ("diskmorph check disk.qcow2", "what is wrong, if anything"),
