@@ -14,20 +14,10 @@ from diskmorph.formats.luks.unlock import unlock
 from diskmorph.formats.policy import Parents
 from diskmorph.formats.source import BytesSource
 
-import testkit
-from testkit import MIB, data
+from testkit import MIB, data, run
 
 QEMU = ("--object", "secret,id=s,file=pass")
 SLOW = "iter-time=10"
-
-
-def run(*argv: object) -> None:
-    """Run a peer; qemu-img gives up where its clock went back while it measured PBKDF2, and is asked again."""
-    for _ in range(50):
-        done = testkit.run(*argv, ok=False)
-        if "accurate CPU usage" not in done.stderr:
-            break
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(autouse=True)
