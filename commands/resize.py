@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from diskmorph.commands.output import Output
 
 DESCRIPTION = """\
-Give an image another virtual size: it is written anew and takes its own place when it is complete, or goes to another
-file with -o. What lies beyond a smaller size is cut off only with --shrink."""
+Give an image another virtual size. A larger one is a change of the image's tables where they have room for it (raw,
+qcow2, VDI, VHDX, fixed VHD), behind a journal; else the image is written anew and takes its own place when it is
+complete. With -o it goes to another file. What lies beyond a smaller size is cut off only with --shrink."""
 
 EXAMPLES = (
     ("diskmorph resize disk.qcow2 40G", "to 40 GiB"),

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diskmorph.convert.growing import grow_in_place
 from diskmorph.convert.job import perform, refuse_own_files
 from diskmorph.convert.opening import Opened, open_asked, open_source
 from diskmorph.convert.options import ConvertOptions, ConvertReport, whole_bytes
@@ -63,17 +64,22 @@ def resize(
     options: ConvertOptions | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> ConvertReport:
-    """Give an image another size: into `output`, or rewritten and put in its own place.
+    """Give an image another size: into `output`, by its tables alone, or rewritten and put in its own place.
 
-    Data is never cut unless `shrink` allows it. The format and its variant stay where the options say nothing else;
-    what of the variant cannot be written again stands in the report's `lost`. Raises TargetError (data would be cut),
-    UnsupportedError (an overlay, or something that rewriting loses, without `output`), and what `convert` raises.
+    A larger disk is a change of a few bytes in its file, behind a journal, where the tables have room for it (see
+    convert.growing). Data is never cut unless `shrink` allows it. The format and its variant stay where the options say
+    nothing else; what of the variant cannot be written again stands in the report's `lost`. Raises TargetError (data
+    would be cut), UnsupportedError (without `output`: something that rewriting loses), and what `convert` raises.
     """
     options = options or ConvertOptions()
     if os.fspath(path) == STDOUT:
         raise OptionError("standard input cannot be resized", hint="`convert --size SIZE - DST` takes it")
     size = whole_bytes(size, "size")
     with open_asked(path, options) as opened:
+        if output is None and size > opened.disk.size:
+            report = grow_in_place(opened, size, options)
+            if report is not None:
+                return report
         disk = _resized(opened.disk, size, shrink=shrink)
         variant = _variant(opened, options, elsewhere=output is not None)
         wanted = replace(options if variant is None else variant.options, size=None)

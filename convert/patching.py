@@ -68,7 +68,7 @@ def _apply(fd: int, path: Path, patches: Sequence[Patch]) -> None:
         os.fsync(fd)
     except OSError as error:
         raise TargetError(
-            f"the repair could not be written: {os.strerror(error.errno or 0)}",
+            f"the change could not be written: {os.strerror(error.errno or 0)}",
             file=str(path),
             hint=f"{path.name}{JOURNAL} holds what was there before",
         ) from error
@@ -89,7 +89,7 @@ def _write_journal(path: Path, source: ByteSource, entry: Format, patches: Seque
         raise TargetError(
             f"the journal cannot be written: {os.strerror(error.errno or 0)}",
             file=str(journal),
-            hint="repair into a copy with -o FILE",
+            hint="write a copy with -o FILE",
         ) from error
     return journal
 

@@ -54,7 +54,7 @@ def test_an_encrypted_image_is_not_replaced_by_plaintext(by: str, tmp_path: Path
     before = image.read_bytes()
     options = ConvertOptions(parents=Parents(passphrase=SECRET))
     with pytest.raises(UnsupportedError, match=r"encryption .*--target-passphrase-file"):
-        diskmorph.resize(image, 9 * MIB, options=options)
+        diskmorph.resize(image, 3 * MIB, options=options)
     assert image.read_bytes() == before
     report = diskmorph.resize(image, 9 * MIB, output=tmp_path / "b.qcow2", options=options)
     assert any("encryption" in loss for loss in report.lost)
@@ -86,15 +86,16 @@ OTHERS = ["vdi", "vdi static=on", "vpc subformat=fixed", "vpc subformat=dynamic"
 DIFFERENT = {"vpc": ["force_size=on"]}
 
 
+@pytest.mark.parametrize("size", [9 * MIB, 3 * MIB])
 @pytest.mark.parametrize("how", [*(f"qcow2 {words}" for words in QCOW2), *OTHERS])
-def test_the_variant_stays(how: str, tmp_path: Path) -> None:
+def test_the_variant_stays(how: str, size: int, tmp_path: Path) -> None:
     kind, _, words = how.partition(" ")
     image, source = tmp_path / "a.img", tmp_path / "in.raw"
     source.write_bytes(data("variant", MIB) + bytes(MIB) + b"x" * (2 * MIB))
     words = ",".join([*([words] if words else []), *DIFFERENT.get(kind, [])])
     run("qemu-img", "convert", "-O", kind, *(("-o", words) if words else ()), source, image)
     before, info = qemu_info(image), inspect(image).image.info
-    report = diskmorph.resize(image, 9 * MIB)
+    report = diskmorph.resize(image, size, shrink=True)
     after = inspect(image).image.info
     assert qemu_info(image) == before
     for name in ("subformat", "sector_size", "allocation_unit"):
@@ -103,7 +104,7 @@ def test_the_variant_stays(how: str, tmp_path: Path) -> None:
         assert after.features[name] == info.features[name], name
     assert not report.lost
     with open_disk(image) as disk:
-        assert content(disk) == source.read_bytes() + bytes(5 * MIB)
+        assert content(disk) == (source.read_bytes() + bytes(5 * MIB))[:size]
 
 
 @pytest.mark.parametrize("codec", ["zlib", "zstd"])
@@ -112,12 +113,13 @@ def test_compressed_clusters_stay_as_they_are(codec: str, tmp_path: Path) -> Non
     source.write_bytes(b"text %d " % MIB * MIB)
     run("qemu-img", "convert", "-c", "-O", "qcow2", "-o", f"compression_type={codec}", source, image)
     before, stored = qemu_info(image), image.stat().st_size
-    report = diskmorph.resize(image, 64 * MIB)
-    assert qemu_info(image) == before
+    new = tmp_path / "b.qcow2"
+    report = diskmorph.resize(image, 64 * MIB, output=new)
+    assert qemu_info(new) == before
     assert report.bytes.passed >= source.stat().st_size - 64 * KIB
     assert not report.bytes.copied
-    assert image.stat().st_size < 2 * stored
-    run("qemu-img", "check", "-q", image)
+    assert new.stat().st_size < 2 * stored
+    run("qemu-img", "check", "-q", new)
 
 
 def test_room_that_is_reserved_stays_reserved(tmp_path: Path) -> None:
@@ -134,9 +136,10 @@ def test_room_that_is_reserved_stays_reserved(tmp_path: Path) -> None:
 def test_room_that_is_lost_is_told(format: str, tmp_path: Path) -> None:
     image = tmp_path / "a.img"
     run("qemu-img", "create", "-q", "-f", format, "-o", "preallocation=full", image, "4M")
-    assert "preallocation" in diskmorph.resize(image, 6 * MIB).lost[0]
+    assert "preallocation" in diskmorph.resize(image, 6 * MIB, output=tmp_path / "b.img").lost[0]
     image.write_bytes(b"x" * 4 * MIB)
-    assert not diskmorph.resize(image, 6 * MIB, options=ConvertOptions(source_format="raw")).lost
+    options = ConvertOptions(source_format="raw")
+    assert not diskmorph.resize(image, 6 * MIB, output=tmp_path / "c.img", options=options).lost
 
 
 def test_grains_of_another_size_are_told(tmp_path: Path) -> None:
@@ -153,7 +156,7 @@ def test_words_of_the_user_go_before(tmp_path: Path) -> None:
     assert inspect(tmp_path / "a.qcow2").image.info.allocation_unit == 128 * KIB
 
 
-@pytest.mark.parametrize("format", ["qcow2", "vhd", "vhdx", "vdi", "vmdk"])
+@pytest.mark.parametrize("format", ["vhd", "vhdx", "vdi", "vmdk"])
 def test_an_overlay_becomes_one_disk_elsewhere(format: str, tmp_path: Path) -> None:
     base, over, new = (tmp_path / f"{name}.{format}" for name in ("base", "over", "new"))
     diskmorph.convert(pattern_disk(4 * MIB, [(0, MIB, b"abc")]), base)
