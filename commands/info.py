@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Tell what an image is: format and subformat, sizes, features, snapshots, its parent, every signature found, and the
-partitions and file systems inside. A parent is named, not opened, unless it is allowed."""
+partitions and file systems inside; of a package the machines, of a container image its layers, history and
+configuration. A parent is named, not opened, unless it is allowed."""
 
 EXAMPLES = (
     ("diskmorph info disk.vmdk", "what it is, for people"),
@@ -23,6 +24,7 @@ EXAMPLES = (
     ("diskmorph info --chain --allow-parent . top.qcow2", "every layer of a chain of backing files"),
     ("diskmorph info -f raw disk.img", "as a plain disk, whatever it looks like"),
     ("diskmorph info vm.ova", "a package: its machines and their disks"),
+    ("diskmorph info docker://docker.io/library/alpine", "a container image: layers, history, configuration"),
     ("diskmorph info /boot/vmlinuz", "a Linux kernel; likewise an initial ramdisk, a bundle's manifest"),
 )
 
@@ -31,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """See diskmorph.commands."""
     parser.add_argument("image", metavar="IMG", help="the image; `-` is standard input")
     parser.add_argument("--chain", "--backing-chain", action="store_true", help="every layer down to the last parent")
+    parser.add_argument("--platform", metavar="OS/ARCH", help="which image of a multi-platform index")
     add_source(parser)
     add_output(parser, progress=False)
 
@@ -47,9 +50,14 @@ def run(args: argparse.Namespace, out: Output) -> int:
 
 def _tell(args: argparse.Namespace, out: Output, source: ByteSource | None) -> int:
     """Print what the image is; `source`: its bytes, of standard input."""
-    from diskmorph.convert.describe import describe
+    from diskmorph.convert.describe import TREE_KINDS, describe
 
-    package = describe(args.image, format=args.format, parents=parents_of(args), source=source)
+    package = describe(args.image, format=args.format, parents=parents_of(args), source=source, platform=args.platform)
+    if package is not None and package["format"] in TREE_KINDS:
+        from diskmorph.commands.info_tree import tree_lines
+
+        out.result(package, tree_lines(package, verbose=out.verbose > 0))
+        return 0
     if package is not None:
         from diskmorph.commands.info_package import package_lines
 

@@ -1,9 +1,11 @@
-"""What `info` tells of packages, kernels and ramdisks."""
+"""What `info` tells of what is no disk: packages, kernels and ramdisks, container images and other trees."""
 
 from __future__ import annotations
 
+import os
 from contextlib import nullcontext
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diskmorph.formats.errors import DiskmorphError, UnsupportedError
@@ -11,9 +13,9 @@ from diskmorph.formats.limits import Limits
 from diskmorph.formats.packages import open_package
 from diskmorph.formats.policy import Opener, Parents
 from diskmorph.formats.registry import identify
+from diskmorph.formats.tree_names import IMAGE_FORMATS, split_prefix
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Sequence
 
     from diskmorph.formats.machine import Machine
@@ -23,6 +25,10 @@ if TYPE_CHECKING:
     from diskmorph.formats.source import ByteSource
 
 
+TREE_KINDS = frozenset((*IMAGE_FORMATS, "tar", "directory"))
+"""What is described as a tree; an ISO is a disk as well."""
+
+
 def describe(
     path: str | os.PathLike[str],
     *,
@@ -30,16 +36,27 @@ def describe(
     parents: Allowed = None,
     limits: Limits | None = None,
     source: ByteSource | None = None,
+    platform: str | None = None,
 ) -> dict[str, Any] | None:
-    """Return the JSON object that `info` shows of a package, kernel or ramdisk (docs/json.md); None for disks.
+    """Return the JSON object that `info` shows of what is no disk (docs/json.md); None for disks.
 
-    `source`: the bytes, where they are open already, which stay open. A package's manifest is verified first. Raises
-    UnsupportedError (a package that is no file), and what `open_package` and the readers of kernels and ramdisks raise.
+    `source`: the bytes, where they are open already, which stay open. `platform` (`os/architecture[/variant]`) chooses
+    from an index of container images. A package's manifest is verified first. Raises UnsupportedError (a package that
+    is no file), and what `open_package` and the readers of kernels, ramdisks and trees raise.
     """
     limits = limits or Limits()
     parents = Parents.of(parents)
+    prefix, name = split_prefix(os.fspath(path))
+    if source is None and (prefix or format in TREE_KINDS or Path(name).is_dir()):
+        return _described_tree(path, format, platform, limits)
     with Opener(parents, limits).user_source(path) if source is None else nullcontext(source) as opened:
-        entry, found = identify(opened, format)
+        try:
+            entry, found = identify(opened, format)
+        except UnsupportedError:
+            tree = None if source is not None else _described_tree(path, format, platform, limits)
+            if tree is None:
+                raise
+            return tree
         if entry.kind in {"disk", "wrapper"}:
             return None
         common = _common(str(path), entry.name, opened.size, found)
@@ -51,6 +68,19 @@ def describe(
             )
     with open_package(path, format=entry.name, parents=parents, limits=limits) as package:
         return {**common, **_package(package)}
+
+
+def _described_tree(
+    path: str | os.PathLike[str], format: str | None, platform: str | None, limits: Limits
+) -> dict[str, Any] | None:
+    """Return what `info` shows of a container image, an archive or a directory; None where it is none of them."""
+    from diskmorph.convert.describe_trees import describe_tree  # noqa: PLC0415 - seldom needed
+    from diskmorph.formats.trees import tree_format  # noqa: PLC0415
+
+    kind = format if format in TREE_KINDS else tree_format(path)
+    if kind not in TREE_KINDS:
+        return None
+    return {**_common(os.fspath(path), kind, 0, ()), **describe_tree(path, kind, platform=platform, limits=limits)}
 
 
 def _common(file: str, format: str, size: int, found: Sequence[Signature]) -> dict[str, Any]:

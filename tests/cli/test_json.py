@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from clikit import dm, documented
 from lvmkit import Lvm
+from ocikit import docker_archive, oci_layout, tricky_layers
 
 from testkit import MIB, data, run
 
@@ -141,6 +142,21 @@ def test_info(images: Path, tmp_path: Path) -> None:
     assert [Path(layer["file"]).name for layer in chain] == ["child.vmdk", "base.vmdk"]
     for layer in chain:
         assert set(layer) == set(reports[0])
+
+
+BESIDE_DISKS = {"file", "format", "subformat", "virtual_size", "stored_size", "sector_size", "allocation_unit", "features", "snapshots", "parent", "signatures", "partitions", "warnings"}  # fmt: skip
+
+
+def test_info_of_trees(tmp_path: Path) -> None:
+    made = oci_layout(tmp_path / "layout", tricky_layers(), author="me")
+    old = docker_archive(tmp_path / "d.tar", tricky_layers())
+    images = [dm("info", "--json", name).ok().json for name in (made, old)]
+    tree = dm("info", "--json", tmp_path).ok().json
+    for one in (*images, tree):
+        assert set(one) >= BESIDE_DISKS
+    own = [{key: one[key] for key in set(one) - BESIDE_DISKS} for one in (*images, tree)]
+    hold("info of a container image", *({**one, "config": {}} for one in own[:2]))
+    hold("info of a tar or a directory", own[2])
 
 
 def test_map(images: Path) -> None:

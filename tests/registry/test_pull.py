@@ -348,3 +348,14 @@ def test_a_fleet_knows_an_image_by_its_digest(tmp_path: Path, image: str) -> Non
     assert source_state(row) == [digest]
     assert absolute(f"{image}:1", tmp_path) == f"{image}:1"
     assert not is_pattern("docker://[::1]:5000/app")
+
+
+def test_info_fetches_no_layer(image: str, tmp_path: Path) -> None:
+    layout = oci_layout(tmp_path / "layout", tricky_layers())
+    put(layout, image)
+    found = dm("info", "--json", image).ok().json
+    assert found["format"] == "docker"
+    assert [one["created_by"] for one in found["history"]] == ["layer 0", "layer 1", "layer 2"]
+    assert found["stored_size"] == sum(one["size"] for one in found["layers"])
+    held = {path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()}
+    assert not any(one["digest"].removeprefix("sha256:") in held for one in found["layers"])
