@@ -16,6 +16,8 @@ from diskmorph.formats.limits import Limits
 from diskmorph.formats.output import FileMember, FileTarget
 from diskmorph.formats.policy import Opener, Parents
 from diskmorph.formats.registry import OpenContext, identify, load
+from diskmorph.formats.remote import is_url
+from diskmorph.formats.source import FileSource
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
     from diskmorph.formats.policy import Allowed
     from diskmorph.formats.probe import Format
     from diskmorph.formats.registry import FormatModule
-    from diskmorph.formats.source import FileSource
 
 _BLOCK = 1 << 20
 
@@ -58,12 +59,15 @@ def check(
     limits = limits or Limits()
     opener = Opener(parents, limits)
     context = OpenContext(opener, limits)
-    with opener.user_file(path) as source:
+    if repair is not None and is_url(path):
+        raise OptionError("what lies at a URL is checked only, not mended", hint="fetch it to a file first")
+    with opener.user_source(path) as source:
         entry, _ = identify(source, format)
         module = load(entry)
         report = module.check_image(source, context, repair)
         if repair is None or (not report.patches and output is None):
             return _result(str(path), report)
+        assert isinstance(source, FileSource)  # noqa: S101 - URLs are not mended
         if output is not None:
             _refuse_parts(module, source, context, Path(output))
         patches = plan_repair(module, source, context, repair, report)

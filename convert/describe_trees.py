@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import stat
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diskmorph.formats.policy import Opener
 from diskmorph.formats.tree_names import IMAGE_FORMATS, split_prefix
 from diskmorph.formats.trees import open_tree
 
@@ -32,16 +32,16 @@ def describe_tree(
 
     _, name = split_prefix(os.fspath(path))
     with open_image(name, format=kind, platform=platform, limits=limits) as image:
-        return _image(image)
+        return _image(image, limits)
 
 
-def _image(image: Image) -> dict[str, Any]:
+def _image(image: Image, limits: Limits) -> dict[str, Any]:
     from diskmorph.formats.oci.schema import Fields  # noqa: PLC0415
 
     config = Fields(image.config, image.name, "configuration")
     layers = [_layer(image, layer) for layer in image.layers]
     return {
-        "stored_size": _stored_size(image, layers),
+        "stored_size": _stored_size(image, layers, limits),
         "names": list(image.names),
         "digest": image.digest,
         "platform": image.platform,
@@ -60,12 +60,16 @@ def _layer(image: Image, layer: Layer) -> dict[str, Any]:
     return {"digest": layer.digest, "diff_id": layer.diff_id, "media_type": layer.media_type or None, "size": size}
 
 
-def _stored_size(image: Image, layers: list[dict[str, Any]]) -> int:
+def _stored_size(image: Image, layers: list[dict[str, Any]], limits: Limits) -> int:
     """Return the size of the archive; of a layout or in a registry that of the layers."""
-    path = Path(image.name)
-    if image.format != "docker" and path.is_file():
-        return path.stat().st_size
-    return sum(layer["size"] for layer in layers)
+    if image.format in {"oci", "docker"}:
+        return sum(layer["size"] for layer in layers)
+    return _file_size(image.name, limits)
+
+
+def _file_size(name: str | os.PathLike[str], limits: Limits) -> int:
+    with Opener(limits=limits).user_source(name) as source:
+        return source.size
 
 
 def _step(step: Fields) -> dict[str, Any]:
@@ -82,5 +86,5 @@ def _tree(path: str | os.PathLike[str], kind: str, limits: Limits) -> dict[str, 
                 continue
             counts[_KINDS.get(entry.node.kind, "others")] += 1
             content += entry.node.size if entry.node.kind == stat.S_IFREG else 0
-    stored = content if kind == "directory" else Path(path).stat().st_size
+    stored = content if kind == "directory" else _file_size(path, limits)
     return {"stored_size": stored, "entries": counts, "content_size": content}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from diskmorph.formats.errors import PolicyError, SourceError
 from diskmorph.formats.limits import Limits
+from diskmorph.formats.remote import is_url
 from diskmorph.formats.source import ByteSource, FilePool, FileSource, refuse_special
 from diskmorph.formats.tree_names import IMAGE_PREFIXES
 
@@ -74,13 +75,15 @@ class Opener:
                 file=path,
                 hint="`build` makes a disk of it, `ls`, `cat` and `extract` look into it",
             )
+        if is_url(path) and not Path(path).exists():
+            raise SourceError("is a URL, which is not read here", file=os.fspath(path), hint="fetch it to a file first")
         return FileSource(path, pool=self.pool, shared=self.parents.shared)
 
     def user_source(self, name: str | os.PathLike[str]) -> ByteSource:
         """Open what the user named: a file, or a URL (http, https, s3, nbd, nbd+unix)."""
-        from diskmorph.formats.remote import is_url, open_url  # noqa: PLC0415 - local files need none of it
-
         if is_url(name):
+            from diskmorph.formats.remote import open_url  # noqa: PLC0415 - local files need none of it
+
             return open_url(os.fspath(name))
         return self.user_file(name)
 

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 
 from diskmorph.formats.errors import DiskmorphError
 from diskmorph.formats.limits import Limits
-from diskmorph.formats.source import ByteSource, FileSource
+from diskmorph.formats.policy import Opener
 from diskmorph.formats.tree_names import IMAGE_FORMATS, split_prefix
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from diskmorph.formats.source import ByteSource
     from diskmorph.formats.tree import Tree
 
 _ISO_MARK = 32769  # the first volume descriptor's identifier, ECMA-119 8.1.2
@@ -30,7 +31,7 @@ def tree_format(path: str | os.PathLike[str]) -> str | None:
         return prefix
     if Path(path).is_dir():
         return "oci" if (Path(path) / "oci-layout").is_file() else "directory"
-    with FileSource(path) as source:
+    with _opened(path, Limits()) as source:
         return _archive_format(source)
 
 
@@ -61,12 +62,17 @@ def open_tree(
 
         return open_image(name, format=found, platform=platform, limits=limits, on_fetch=on_fetch).tree()
     if found == "tar":
-        return _open_tar(FileSource(name), limits)
+        return _open_tar(_opened(name, limits), limits)
     if found == "iso":
         from diskmorph.formats.iso import open_tree as open_iso  # noqa: PLC0415
 
-        return open_iso(FileSource(name), limits)
+        return open_iso(_opened(name, limits), limits)
     return _open_root(name, found, limits)
+
+
+def _opened(name: str | os.PathLike[str], limits: Limits) -> ByteSource:
+    """Open a file, or what a URL names."""
+    return Opener(limits=limits).user_source(name)
 
 
 def _open_root(name: str, format: str | None, limits: Limits) -> Tree:

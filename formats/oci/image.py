@@ -21,7 +21,8 @@ from diskmorph.formats.oci.archive import (
     new_hash,
 )
 from diskmorph.formats.oci.layers import apply_layer
-from diskmorph.formats.source import BytesSource, FileSource
+from diskmorph.formats.policy import Opener
+from diskmorph.formats.source import BytesSource
 from diskmorph.formats.spool import codec_of, decoded
 from diskmorph.formats.tree import Tree
 
@@ -172,7 +173,7 @@ def _open_files(name: str, format: str, limits: Limits, on_fetch: Callable[[int,
         return RegistryFiles(name, limits, on_fetch)
     if format == "oci":
         return DirectoryFiles(name, limits)
-    return ArchiveFiles(decoded(FileSource(name), limits), limits)
+    return ArchiveFiles(decoded(Opener(limits=limits).user_source(name), limits), limits)
 
 
 def _split_tag(path: str) -> tuple[str, str | None]:

@@ -15,7 +15,7 @@ import diskmorph
 from diskmorph.formats.errors import IntegrityError, SourceError, TargetError
 from diskmorph.formats.remote.http import HttpSource
 
-from testkit import MIB, content, data, little_disk, write_image
+from testkit import MIB, content, data, little_disk, run, write_image
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -248,3 +248,30 @@ def test_packages_from_a_server_and_info(tmp_path, image):
         diskmorph.convert(server.url, tmp_path / "again.ova")
     with Server(image) as server:
         diskmorph.convert(server.url, tmp_path / "disk.ova")
+
+
+def test_every_verb_that_reads_takes_a_url(tmp_path, image):
+    with Server(image) as server:
+        assert dm("check", "--json", server.url).ok().json["clean"]
+        done = dm("check", "--repair", "all", server.url)
+        assert done.status == 2 and "URL" in done.err
+        done = dm("rebase", "-b", tmp_path, server.url)
+        assert done.status == 1 and "is a URL" in done.err
+
+
+def test_trees_from_a_server(tmp_path):
+    tree = tmp_path / "tree"
+    (tree / "etc").mkdir(parents=True)
+    (tree / "etc/hostname").write_bytes(b"here\n")
+    run("tar", "-C", tree, "-cf", tmp_path / "a.tar", "etc")
+    run("tar", "-C", tree, "-czf", tmp_path / "a.tar.gz", "etc")
+    dm("convert", tree, tmp_path / "a.iso").ok()
+    dm("extract", tree, f"oci-archive:{tmp_path / 'o.tar'}").ok()
+    run("mke2fs", "-q", "-t", "ext4", "-d", tree, tmp_path / "a.img", "8M")
+    formats = {"a.tar": "tar", "a.tar.gz": "tar", "a.iso": "iso", "o.tar": "oci-archive", "a.img": "raw"}
+    for name, kind in formats.items():
+        with Server((tmp_path / name).read_bytes()) as server:
+            assert "hostname" in dm("ls", server.url, "etc").ok().out, name
+            with diskmorph.open_tree(server.url) as found:
+                assert found.find("etc/hostname").read() == b"here\n", name
+            assert dm("info", "--json", server.url).ok().json["format"] == kind, name
