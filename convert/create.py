@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from diskmorph.convert.growing import grow_in_place
 from diskmorph.convert.job import perform, refuse_own_files
 from diskmorph.convert.opening import Opened, open_asked, open_source
-from diskmorph.convert.options import ConvertOptions, ConvertReport, whole_bytes
+from diskmorph.convert.options import ConvertOptions, ConvertReport, Progress, whole_bytes
 from diskmorph.convert.plan import STDOUT, Plan, losses, make_plan, require_zero
 from diskmorph.convert.variants import Variant, lost_by_plan, lost_room, variant_of
 from diskmorph.formats.errors import OptionError, TargetError, UnsupportedError
@@ -20,7 +20,6 @@ from diskmorph.formats.views import Slice, Zero, grown
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from diskmorph.convert.options import Progress
     from diskmorph.formats.disk import Disk
 
 
@@ -79,6 +78,8 @@ def resize(
         if output is None and size > opened.disk.size:
             report = grow_in_place(opened, size, options)
             if report is not None:
+                if on_progress is not None:
+                    on_progress(Progress("resize", size, size))
                 return report
         disk = _resized(opened.disk, size, shrink=shrink)
         variant = _variant(opened, options, elsewhere=output is not None)

@@ -6,6 +6,7 @@ import os
 import stat
 from typing import TYPE_CHECKING, Any
 
+from diskmorph.formats.errors import UnsupportedError
 from diskmorph.formats.policy import Opener
 from diskmorph.formats.tree_names import IMAGE_FORMATS, split_prefix
 from diskmorph.formats.trees import open_tree
@@ -80,11 +81,20 @@ def _step(step: Fields) -> dict[str, Any]:
 def _tree(path: str | os.PathLike[str], kind: str, limits: Limits) -> dict[str, Any]:
     counts = dict.fromkeys((*_KINDS.values(), "others"), 0)
     content = 0
+    package = False
     with open_tree(path, format=kind, limits=limits) as tree:
         for entry in tree.walk():
             if not entry.path:
                 continue
+            package |= b"/" not in entry.path and entry.path.lower().endswith(b".ovf")
             counts[_KINDS.get(entry.node.kind, "others")] += 1
             content += entry.node.size if entry.node.kind == stat.S_IFREG else 0
+    if package and kind == "tar":
+        raise UnsupportedError(
+            "is an archive of files that holds an OVF package: compressed, or in another order than an OVA's",
+            feature="compressed archives",
+            file=os.fspath(path),
+            hint="decompress or unpack it first",
+        )
     stored = content if kind == "directory" else _file_size(path, limits)
     return {"stored_size": stored, "entries": counts, "content_size": content}

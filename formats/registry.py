@@ -101,10 +101,12 @@ def identify(source: ByteSource, format: str | None = None) -> tuple[Format, lis
 
 
 def _refuse_archive(source: ByteSource) -> None:
-    """Raise UnsupportedError for a sound compressed file that holds an archive of files, such as an OVA."""
-    from diskmorph.formats.spool import codec_of  # noqa: PLC0415 - compressed files only
+    """Raise UnsupportedError for an archive of files that was compressed, such as an OVA; FormatError for damage."""
+    from diskmorph.formats.spool import codec_of, head_of  # noqa: PLC0415 - compressed files only
 
     codec = codec_of(source)
+    if codec is not None and not head_of(source, 1):
+        raise FormatError(f"its {codec} stream is damaged from its beginning on, or empty", file=source.name, offset=0)
     if codec is not None:
         raise UnsupportedError(
             "is an archive of files that was compressed as one, no disk image",

@@ -51,7 +51,7 @@ def head_of(source: ByteSource, length: int) -> bytes:
         return source.read_upto(0, length)
     head = b""
     try:
-        for chunk in decode_stream(source, codec):
+        for chunk in _chunks(source, codec, None):
             head += chunk
             if len(head) >= length:
                 break
@@ -65,10 +65,17 @@ def decode_stream(source: ByteSource, codec: str, encoded: Hash | None = None) -
 
     Members and frames that follow each other are one stream. Raises FormatError where it is damaged or cut off.
     """
+    if codec == "zstd":
+        _require_whole_frames(source)
+    yield from _chunks(source, codec, encoded)
+
+
+def _chunks(source: ByteSource, codec: str, encoded: Hash | None) -> Iterator[bytes]:
+    """Yield what `decode_stream` does; where a zstd frame is cut off what is there, and then no error."""
     feed = _feed(source, encoded)
     try:
         if codec == "zstd":
-            yield from _zstd(feed, source)
+            yield from _zstd(feed)
         else:
             yield from _members(feed, _makers()[codec], source, codec)
     except FormatError:
@@ -142,10 +149,9 @@ class _Feed:
         return next(self._feed, b"")
 
 
-def _zstd(feed: Iterator[bytes], source: ByteSource) -> Iterator[bytes]:
+def _zstd(feed: Iterator[bytes]) -> Iterator[bytes]:
     import zstandard  # noqa: PLC0415
 
-    _require_whole_frames(source)
     decoder = zstandard.ZstdDecompressor(max_window_size=128 << 20)
     with decoder.stream_reader(_Feed(feed), read_size=_FEED, read_across_frames=True) as reader:  # type: ignore[arg-type]
         while data := reader.read(_OUT):
@@ -157,6 +163,18 @@ def _require_whole_frames(source: ByteSource) -> None:
 
     Only headers of frames and blocks are read (RFC 8878, 3.1.1 and 3.1.2).
     """
+    import zstandard  # noqa: PLC0415
+
+    try:
+        at = _frames_end(source)
+    except zstandard.ZstdError as error:
+        raise FormatError(f"its zstd stream is damaged: {error}", file=source.name, format="zstd") from error
+    if at != source.size:
+        raise FormatError("its zstd stream is cut off", file=source.name, format="zstd", offset=source.size)
+
+
+def _frames_end(source: ByteSource) -> int:
+    """Return where the last frame ends, which is cut off if that lies behind the file's end."""
     import zstandard  # noqa: PLC0415
 
     at = 0
@@ -174,8 +192,7 @@ def _require_whole_frames(source: ByteSource) -> None:
                 at += 3 + (1 if kind == 1 else size)
             at += 4 if parameters.has_checksum else 0
             at += 0 if last else 1
-    if at != source.size:
-        raise FormatError("its zstd stream is cut off", file=source.name, format="zstd", offset=source.size)
+    return at
 
 
 class Spool(ByteSource):

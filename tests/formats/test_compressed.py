@@ -127,6 +127,17 @@ def test_damage_is_found(suffix: str, raw: Path):
         diskmorph.open_disk("bent", format="compressed")
 
 
+@pytest.mark.parametrize("suffix", TOOLS)
+@pytest.mark.parametrize("size", [16, 90_000])
+def test_a_cut_file_is_told_as_cut(suffix: str, size: int, raw: Path):
+    raw.write_bytes(data("cut", MIB))
+    run(TOOLS[suffix][0], "-q", "-k", raw)
+    path = Path(f"disk.raw{suffix}")
+    os.truncate(path, size)
+    with pytest.raises(FormatError, match=r"is cut off|is damaged"):
+        diskmorph.open_disk(path)
+
+
 def test_bombs_are_bounded(tmp_path: Path):
     path = tmp_path / "bomb.xz"
     path.write_bytes(lzma.compress(b"\1" * (80 * MIB), preset=0))
