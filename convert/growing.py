@@ -55,6 +55,7 @@ def grow_in_place(opened: Opened, size: int, options: ConvertOptions) -> Convert
             return None
         if not options.dry_run:
             patch_in_place(source, entry, patches, "resize").unlink(missing_ok=True)
+    changed = "would be changed" if options.dry_run else "changed"
     return ConvertReport(
         source=opened.name,
         target=opened.name,
@@ -65,7 +66,7 @@ def grow_in_place(opened: Opened, size: int, options: ConvertOptions) -> Convert
         seconds=time.monotonic() - started,
         verified=False,
         lost=(),
-        notes=("changed in place: the disk's bytes stay where they are",),
+        notes=(f"{changed} in place: the disk's bytes stay where they are",),
     )
 
 
