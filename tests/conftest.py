@@ -3,7 +3,10 @@
 import contextlib
 import os
 import signal
+import threading
+from collections.abc import Iterator
 
+import pytest
 from hypothesis import settings
 
 settings.register_profile("quick", max_examples=60, deadline=None)
@@ -15,3 +18,12 @@ for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHU
     if signal.getsignal(number) is signal.SIG_IGN:
         with contextlib.suppress(ValueError):  # not the main thread
             signal.signal(number, usual)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_server_is_left() -> Iterator[None]:
+    """A server that outlives its tests goes on asking its descriptor, which is then another's, and takes its clients."""
+    before = set(threading.enumerate())
+    yield
+    left = [thread for thread in set(threading.enumerate()) - before if "serve_forever" in thread.name]
+    assert not left, "a test did not shut its server down"

@@ -129,6 +129,11 @@ class Proxy(http.server.ThreadingHTTPServer):
     def handle_error(self, *_: object) -> None:
         """Clients hang up, as they should."""
 
+    def server_close(self) -> None:
+        """Close it; its thread ends first, or it goes on asking a descriptor that is another server's by then."""
+        self.shutdown()
+        super().server_close()
+
     def asked(self, what: str, method: str = "GET") -> list[Request]:
         return [one for one in self.requests if one.method == method and what in one.path]
 
@@ -196,11 +201,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 @contextlib.contextmanager
 def proxy(registry: Registry | None = None, context: ssl.SSLContext | None = None) -> Iterator[Proxy]:
     server = Proxy(registry, context)
-    try:
+    with server:
         yield server
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 def behind(server: Proxy, image: str) -> str:

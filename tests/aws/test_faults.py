@@ -122,8 +122,8 @@ def test_download_survives(kind: str, fake: Fake, tmp_path: Path) -> None:
 def test_download_renews_tokens(fake: Fake, tmp_path: Path) -> None:
     blocks = {i: bytes([i % 255 + 1]) * 524288 for i in range(150)}
     name = fake.account.seed(blocks)
-    fake.account.token_seconds, fake.account.page = 1.0, 100
-    fake.faults.add("slow", "ebs:GetSnapshotBlock", seconds=0.4)
+    fake.account.token_seconds, fake.account.page = 2.0, 100
+    fake.faults.add("slow", "ebs:GetSnapshotBlock", seconds=0.6)
     dm("aws", "download", name, tmp_path / "out.raw").ok()
     got = (tmp_path / "out.raw").read_bytes()
     assert all(got[i << 19 : (i + 1) << 19] == data for i, data in blocks.items())

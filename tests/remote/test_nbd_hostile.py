@@ -42,6 +42,8 @@ class Server:
         return f"nbd://127.0.0.1:{self._listener.getsockname()[1]}/"
 
     def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # or its thread waits for ever
         self._listener.close()
 
     def _run(self) -> None:
