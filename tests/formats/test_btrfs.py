@@ -416,7 +416,7 @@ def test_random_damage_with_right_checksums(small: bytearray) -> None:
         used = np.flatnonzero(np.frombuffer(bytes(body[96:]), np.uint8))
         for _ in range(3):
             body[96 + int(chance.choice(used))] = chance.randrange(256)
-        begun = time.monotonic()
+        begun = time.process_time()
         with changed(small, {at: sealed(body)}) as damaged, contextlib.suppress(DiskmorphError):
             read_everything(damaged)
-        assert time.monotonic() - begun < 5
+        assert time.process_time() - begun < 5

@@ -163,10 +163,10 @@ def test_two_tebibytes_are_laid_out_in_seconds() -> None:
     runs = np.zeros(3, RUN)
     runs["start"], runs["length"] = [0, 1 * TIB, 2 * TIB - MIB], [1 * TIB, 1 * TIB - MIB, MIB]
     runs["kind"] = [DATA, HOLE, DATA]
-    start = time.monotonic()
+    start = time.process_time()
     placed = allocator.place(runs)
     writes = list(allocator.finish())
-    assert time.monotonic() - start < 3
+    assert time.process_time() - start < 3
     assert placed["offset"].tolist() == [9 * MIB, 9 * MIB + TIB]
     assert allocator.sizes() == (9 * MIB + TIB + MIB,)
     assert sum(len(write.data) for write in writes) == 8 * MIB + 472

