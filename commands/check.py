@@ -19,12 +19,13 @@ Check every structure of an image: headers, copies, checksums, tables, reference
 
 With --repair the image is mended in place: a journal of what was there before is written beside it first. With -o a
 mended copy is written and the image stays as it is. A repair by which data would be lost or written over, or that would
-leave more wrong than it found, is refused."""
+leave more wrong than it found, is refused. --repair undo puts back what the journal holds of the last change."""
 
 EXAMPLES = (
     ("diskmorph check disk.qcow2", "what is wrong, if anything"),
     ("diskmorph check --repair leaks disk.qcow2", "give back clusters that nothing uses"),
     ("diskmorph check --repair all -o mended.qcow2 disk.qcow2", "mend a copy"),
+    ("diskmorph check --repair undo disk.qcow2", "put back what was there before the last repair"),
     ("diskmorph check --json disk.vhdx", "for a program"),
 )
 
@@ -32,7 +33,12 @@ EXAMPLES = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """See diskmorph.commands."""
     parser.add_argument("image", metavar="IMG", help="the image")
-    parser.add_argument("-r", "--repair", choices=("leaks", "all"), help="mend leaks only, or all that can be mended")
+    parser.add_argument(
+        "-r",
+        "--repair",
+        choices=("leaks", "all", "undo"),
+        help="mend leaks only, or all that can be mended, or undo the last change in place",
+    )
     parser.add_argument("-o", dest="target", metavar="DST", help="mend a copy")
     add_source(parser)
     add_target(parser, rewrites=True)
@@ -57,7 +63,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     )
     if args.dry_run and args.repair:
         out.note("nothing was changed; these findings are what a repair would begin with")
-    out.report(_report(found), _lines(found))
+    out.report(_report(found), _lines(found, "put back" if args.repair == "undo" else "mended"))
     return 0 if found.clean else 3
 
 
@@ -67,7 +73,7 @@ def _report(found: CheckResult) -> dict[str, object]:
     return report
 
 
-def _lines(found: CheckResult) -> Iterator[str]:
+def _lines(found: CheckResult, word: str) -> Iterator[str]:
     for finding in found.findings:
         place = "" if finding["offset"] is None else f" at {finding['offset']}"
         yield f"{finding['severity']}: {finding['structure']}{place}: {finding['message']}"
@@ -77,5 +83,5 @@ def _lines(found: CheckResult) -> Iterator[str]:
         if count
     ]
     if found.repaired:
-        yield f"{found.repaired} places mended" + (f"; undo with {found.journal}" if found.journal else "")
+        yield f"{found.repaired} places {word}" + (f"; undo with {found.journal}" if found.journal else "")
     yield f"{found.file}: {found.format}, " + ("clean" if found.clean else ", ".join(counts) or "not clean")

@@ -36,7 +36,7 @@ def table(
     head: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = (), indent: int = 2
 ) -> Iterator[str]:
     """Yield the lines of a table; `right` are the columns set flush right."""
-    lines = [head, *rows]
+    lines = [[_one_line(cell) for cell in line] for line in (head, *rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     for line in lines:
         cells = [
@@ -47,10 +47,14 @@ def table(
 
 
 def properties(pairs: Sequence[tuple[str, str]]) -> Iterator[str]:
-    """Yield `name  value` lines, the values in one column."""
+    """Yield `name  value` lines, the values in one column; a value stays on its line, whoever chose it."""
     width = max((len(name) for name, _ in pairs), default=0)
     for name, value in pairs:
-        yield f"{name + ':':<{width + 2}}{value}"
+        yield f"{name + ':':<{width + 2}}{_one_line(value)}"
+
+
+def _one_line(text: str) -> str:
+    return text.replace("\n", "\\n")
 
 
 def time_text(seconds: float | None) -> str:

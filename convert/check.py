@@ -7,8 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diskmorph.convert.journal import BROKEN_OFF, UNDO, is_unfinished
 from diskmorph.convert.options import CheckResult
-from diskmorph.convert.patching import patch_in_place
+from diskmorph.convert.patching import patch_in_place, undo_in_place
 from diskmorph.convert.repair import plan_repair
 from diskmorph.formats.check import CheckReport, Patch
 from diskmorph.formats.errors import DiskmorphError, OptionError, TargetError
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from diskmorph.formats.policy import Allowed
-    from diskmorph.formats.probe import Format
     from diskmorph.formats.registry import FormatModule
 
 _BLOCK = 1 << 20
@@ -42,11 +42,14 @@ def check(
 ) -> CheckResult:
     """Check an image's structure; with `repair` ("leaks" or "all") mend it, in place or as the copy `output`.
 
-    In place the old bytes are journalled first (`CheckResult.journal`). The result tells what is left after the repair.
-    Raises FormatError where the image cannot be read at all, TargetError where it cannot be written.
+    In place the old bytes are journalled first (`CheckResult.journal`); `repair` "undo" puts back what the last
+    change in place replaced. The result tells what is left after the repair. Raises FormatError where the image
+    cannot be read at all, TargetError where it cannot be written.
     """
-    if repair not in {None, "leaks", "all"}:
-        raise OptionError(f"repair {repair!r} is not known", hint="leaks or all")
+    if repair not in {None, "leaks", "all", "undo"}:
+        raise OptionError(f"repair {repair!r} is not known", hint="leaks, all or undo")
+    if output is not None and repair == "undo":
+        raise OptionError("the journal undoes a change in place, not in a copy", hint="leave out -o")
     if output is not None and repair is None:
         raise OptionError("-o needs --repair", hint="say --repair leaks or --repair all")
     parents = Parents.of(parents)
@@ -61,10 +64,16 @@ def check(
     context = OpenContext(opener, limits)
     if repair is not None and is_url(path):
         raise OptionError("what lies at a URL is checked only, not mended", hint="fetch it to a file first")
+    if repair == "undo":
+        with opener.user_file(path) as file:
+            count = undo_in_place(file)
+        return _result(str(path), _again(Path(path), format, parents, limits), repaired=count)
     with opener.user_source(path) as source:
         entry, _ = identify(source, format)
         module = load(entry)
         report = module.check_image(source, context, repair)
+        if source.path is not None and is_unfinished(source.path):
+            report.add("journal", None, f"{BROKEN_OFF}: {UNDO}")
         if repair is None or (not report.patches and output is None):
             return _result(str(path), report)
         assert isinstance(source, FileSource)  # noqa: S101 - URLs are not mended
@@ -76,13 +85,14 @@ def check(
         else:
             journal = patch_in_place(source, entry, patches, repair)
     where = Path(path) if output is None else Path(output)
-    left = _again(where, entry, parents, limits)
+    left = _again(where, entry.name, parents, limits)
     return _result(str(where), left, repaired=len(patches), journal=str(journal) if output is None else None)
 
 
-def _again(path: Path, entry: Format, parents: Parents, limits: Limits) -> CheckReport:
+def _again(path: Path, format: str | None, parents: Parents, limits: Limits) -> CheckReport:
     opener = Opener(parents, limits)
     with opener.user_file(path) as source:
+        entry, _ = identify(source, format)
         return load(entry).check_image(source, OpenContext(opener, limits))
 
 

@@ -11,6 +11,7 @@ from diskmorph.convert.growing import grow_in_place
 from diskmorph.convert.job import perform, refuse_own_files
 from diskmorph.convert.opening import Opened, open_asked, open_source
 from diskmorph.convert.options import ConvertOptions, ConvertReport, Progress, whole_bytes
+from diskmorph.convert.patching import require_finished
 from diskmorph.convert.plan import STDOUT, Plan, losses, make_plan, require_zero
 from diskmorph.convert.variants import Variant, lost_by_plan, lost_room, variant_of
 from diskmorph.formats.errors import OptionError, TargetError, UnsupportedError
@@ -75,7 +76,9 @@ def resize(
         raise OptionError("standard input cannot be resized", hint="`convert --size SIZE - DST` takes it")
     size = whole_bytes(size, "size")
     with open_asked(path, options) as opened:
-        if output is None and size > opened.disk.size:
+        if output is None:
+            require_finished(Path(opened.name))
+        if output is None and size >= opened.disk.size:
             report = grow_in_place(opened, size, options)
             if report is not None:
                 if on_progress is not None:

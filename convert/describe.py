@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diskmorph.formats.errors import DiskmorphError, UnsupportedError
+from diskmorph.formats.errors import DiskmorphError, OptionError, UnsupportedError
 from diskmorph.formats.limits import Limits
 from diskmorph.formats.packages import open_package
 from diskmorph.formats.policy import Opener, Parents
@@ -47,7 +47,9 @@ def describe(
     limits = limits or Limits()
     parents = Parents.of(parents)
     prefix, name = split_prefix(os.fspath(path))
-    if source is None and (prefix or format in TREE_KINDS or Path(name).is_dir()):
+    if source is not None and format in TREE_KINDS:
+        raise OptionError(f"{format} is not read from standard input", hint="name the file")
+    if source is None and (prefix or format in TREE_KINDS or (format is None and name and Path(name).is_dir())):
         return _described_tree(path, format, platform, limits)
     with Opener(parents, limits).user_source(path) if source is None else nullcontext(source) as opened:
         try:

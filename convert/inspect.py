@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from diskmorph.convert.journal import BROKEN_OFF, is_unfinished
 from diskmorph.formats import fsprobe, gpt
 from diskmorph.formats.errors import DiskmorphError, PolicyError
 from diskmorph.formats.limits import Limits
@@ -82,6 +83,8 @@ class Inspection:
     guessed: bool
     content: Content = field(default_factory=Content)
     chain: tuple[Inspection, ...] = ()
+    warnings: tuple[str, ...] = ()
+    """What its files' surroundings tell: a change of it that was broken off."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the JSON object of docs/json.md."""
@@ -102,7 +105,7 @@ class Inspection:
             "signatures": [asdict(signature) for signature in self.signatures],
             "guessed": self.guessed,
             **self.content.as_dict(),
-            "warnings": [*info.warnings, *self.content.warnings],
+            "warnings": [*info.warnings, *self.warnings, *self.content.warnings],
         }
         if self.chain:
             report["chain"] = [layer.as_dict() for layer in self.chain]
@@ -187,6 +190,7 @@ def _inspection(
         guessed,
         content or Content(),
         chain,
+        tuple(BROKEN_OFF for source in image.files if source.path is not None and is_unfinished(source.path)),
     )
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from diskmorph.formats.extents import DATA, PLAIN
 from diskmorph.formats.source import ByteSource
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from diskmorph.formats.check import Patch
+    from diskmorph.formats.disk import Disk
 
 
 class MendedSource(ByteSource):
@@ -114,3 +116,14 @@ class MendedSource(ByteSource):
     def verify_unchanged(self) -> None:
         """See ByteSource."""
         self._source.verify_unchanged()
+
+
+def overwritten(source: MendedSource, disk: Disk) -> int | None:
+    """Return where in the file patches lie over data of the disk that is read from it, or None."""
+    for rows in disk.extents():
+        own = rows[(rows["kind"] == DATA) & (rows["file"] == 0)]
+        sizes = np.where(own["codec"] == PLAIN, own["length"], own["stored"])
+        hit = np.flatnonzero(source.touches(own["offset"], own["offset"] + sizes))
+        if len(hit):
+            return int(own["offset"][hit[0]])
+    return None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from diskmorph.convert.guess import remarks_on_guess
+from diskmorph.convert.journal import BROKEN_OFF, is_unfinished
 from diskmorph.convert.opening import Opened, open_asked, open_source
 from diskmorph.convert.targets import Profile, applied, changes, padded
 from diskmorph.formats.allocator import Allocator, Identity, NewImage, NewParent
@@ -284,6 +285,7 @@ def losses(
             lost.append(f"internal snapshots: {', '.join(names)}")
         bitmaps = (*bitmaps, *info.bitmaps)
     notes.extend(info.warnings if info is not None else ())
+    notes.extend(f"{name}: {BROKEN_OFF}" for name in source.every_origin().values() if is_unfinished(Path(name)))
     lost += clear_text(source.layers, encrypted=allocator.encrypted)
     gone = [name for name in bitmaps if name not in allocator.bitmaps]
     if gone:

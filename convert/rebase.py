@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diskmorph.convert.compare import compare_disks
+from diskmorph.convert.mended import MendedSource, overwritten
 from diskmorph.convert.opening import open_source
 from diskmorph.convert.options import ConvertOptions, ConvertReport, Progress
-from diskmorph.convert.patching import patch_in_place
+from diskmorph.convert.patching import change_in_place
 from diskmorph.formats.allocator import NewParent
 from diskmorph.formats.errors import IntegrityError, OptionError, UnsupportedError
 from diskmorph.formats.policy import Opener
@@ -80,8 +81,18 @@ def rebase(
             patches = _patches(entry.name, source, parent)
             if not unsafe:
                 _require_same(path, base, options, on_progress)
+            place = overwritten(MendedSource(source, patches), layer)
+            if place is not None:
+                raise UnsupportedError(
+                    "its metadata lies where data of the disk is: it is damaged",
+                    feature="rebase",
+                    file=source.name,
+                    format=entry.name,
+                    offset=place,
+                    hint="write it anew on the other parent with -o FILE",
+                )
             if not options.dry_run:
-                patch_in_place(source, entry, patches, "rebase").unlink(missing_ok=True)
+                change_in_place(source, entry, patches, "rebase")
             written = sum(len(patch.data) for patch in patches)
             return RebaseReport(os.fspath(path), entry.name, parent.name, not unsafe, written)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -15,7 +16,7 @@ from diskmorph.formats.tar import members, read_tar
 
 if TYPE_CHECKING:
     from diskmorph.formats.limits import Limits
-    from diskmorph.formats.tree import Tree
+    from diskmorph.formats.tree import Node, Tree
 
 # What may stand in an image archive: index and manifest, blobs, and the older one directory a layer.
 _NAMES = re.compile(
@@ -89,9 +90,17 @@ class ImageFiles:
 def parse_json(data: bytes, file: str, name: str) -> Any:
     """Return untrusted JSON. Raises FormatError for what is none."""
     try:
-        return json.loads(data)
+        return json.loads(data, parse_constant=_no_number, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{name} is not JSON: {error}", file=file) from error
+
+
+def _no_number(text: str) -> Any:
+    raise ValueError(f"{text} is no number")
+
+
+def _finite(text: str) -> float:
+    return float(text) if math.isfinite(float(text)) else _no_number(text)
 
 
 class DirectoryFiles(ImageFiles):
@@ -124,14 +133,20 @@ class ArchiveFiles(ImageFiles):
 
     def open(self, name: str) -> ByteSource:
         """See ImageFiles; links inside the archive are followed within it."""
-        node = self._tree.find(name)
+        node = self._find(name)
         if node is None or node.kind != 0o100000:
             raise self.missing(name)
         return node.source(f"{self.name}: {name}")
 
     def has(self, name: str) -> bool:
         """See ImageFiles."""
-        return self._tree.find(name) is not None
+        return self._find(name) is not None
+
+    def _find(self, name: str) -> Node | None:
+        try:
+            return self._tree.find(name.encode())
+        except UnicodeEncodeError:  # half of a surrogate pair, as JSON can have it
+            return None
 
     def close(self) -> None:
         """See ImageFiles."""

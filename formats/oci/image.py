@@ -155,6 +155,8 @@ def open_image(
     OptionError.
     """
     limits = limits or Limits()
+    if platform is not None and (platform.count("/") not in {1, 2} or not all(platform.split("/"))):
+        raise OptionError(f"{platform!r} is no platform", hint="os/architecture or os/architecture/variant")
     name, tag = (os.fspath(path), None) if format == "docker" else _split_tag(os.fspath(path))
     files = _open_files(name, format, limits, on_fetch)
     try:
@@ -255,6 +257,8 @@ def _open_layout(files: ImageFiles, format: str, tag: str | None, platform: str 
         raise UnsupportedError(f"holds no image but {kind}", feature=kind, file=files.name)
     config_digest = described.text("digest")
     config = s.Fields(files.json(blob_name(config_digest, files.name), config_digest), files.name, "configuration")
+    if platform is not None and not chosen.value.get("platform"):
+        _require_platform(files, config, platform)
     layers = manifest.objects("layers")
     ids = _diff_ids(config, len(layers), files.name)
     found = []
@@ -319,6 +323,13 @@ def _matches(descriptor: s.Fields, wanted: str) -> bool:
     words = wanted.split("/")
     have = [found.text("os", ""), found.text("architecture", ""), found.text("variant", "")]
     return have[: len(words)] == words
+
+
+def _require_platform(files: ImageFiles, config: s.Fields, wanted: str) -> None:
+    """Raise OptionError where the one image there is says itself that it is for another platform."""
+    have = _platform_of(config)
+    if have and not f"{have}/".startswith(f"{wanted}/"):
+        raise OptionError(f"{files.name} holds no image for {wanted}", hint=f"it is for {have}")
 
 
 def _no_platform(files: ImageFiles, listed: list[s.Fields], wanted: str) -> OptionError:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from diskmorph.formats.source import ByteSource
 
 _ENTRY = 8
+_AUTOCLEAR_AT = 88
 
 
 def growth_patches(source: ByteSource, size: int) -> list[Patch] | None:
@@ -30,7 +31,11 @@ def growth_patches(source: ByteSource, size: int) -> list[Patch] | None:
     raw = s.HEADER.parse(source.read(0, s.V2_LENGTH))
     fields = {key: value for key, value in raw.items() if not key.startswith("_")}
     fields |= {"size": size, "l1_size": count}
-    return [Patch(0, s.HEADER.build(fields), f"the disk becomes {size} bytes large")]
+    why = f"the disk becomes {size} bytes large"
+    found = [Patch(0, s.HEADER.build(fields), why)]
+    if header.autoclear:  # what is not known to be kept right must not look as if it were
+        found.insert(0, Patch(_AUTOCLEAR_AT, bytes(8), why))
+    return found
 
 
 def _has_room(source: ByteSource, header: Header, count: int) -> bool:

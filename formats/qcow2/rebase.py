@@ -39,9 +39,20 @@ def parent_patches(source: ByteSource, parent: NewParent) -> list[Patch]:
     raw = s.HEADER.parse(source.read(0, s.V2_LENGTH))
     fields = {key: value for key, value in raw.items() if not key.startswith("_")}
     fields |= {"backing_offset": start + len(middle), "backing_length": len(name)}
-    head = s.HEADER.build(fields) + source.read(s.V2_LENGTH, start - s.V2_LENGTH)
+    head = s.HEADER.build(fields) + _more(source, start)
     block = (head + middle + name).ljust(min(header.cluster, source.size), b"\0")
     return [Patch(0, block, f"the backing file becomes {parent.name}")]
+
+
+def _more(source: ByteSource, stop: int) -> bytes:
+    """Return the header behind version 2's fields; autoclear bits of features that are not known here are cleared."""
+    raw = source.read(s.V2_LENGTH, stop - s.V2_LENGTH)
+    if not raw:
+        return raw
+    found = s.HEADER_V3.parse(raw)
+    fields = {key: value for key, value in found.items() if not key.startswith("_")}
+    fields["autoclear"] &= s.AUTOCLEAR_BITMAPS | s.AUTOCLEAR_RAW
+    return s.HEADER_V3.build(fields) + raw[s.HEADER_V3.sizeof() :]
 
 
 def _kept(source: ByteSource, at: int, stop: int) -> Iterator[tuple[int, bytes]]:

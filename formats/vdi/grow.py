@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from typing import TYPE_CHECKING
 
 from diskmorph.formats.check import Patch
@@ -34,7 +35,7 @@ def growth_patches(source: ByteSource, size: int) -> list[Patch] | None:
         return None
     found = HEADER1.parse(source.read_upto(PREHEADER_SIZE, HEADER1_PLUS_SIZE))
     fields = {key: value for key, value in found.items() if not key.startswith("_")}
-    fields |= {"disk_size": size, "blocks": max(blocks, header.blocks)}
+    fields |= {"disk_size": size, "blocks": max(blocks, header.blocks), "modify_uuid": uuid.uuid4()}
     why = f"the disk becomes {size} bytes large"
     entries = FREE.to_bytes(POINTER.itemsize, "little") * (added // POINTER.itemsize)
     return [Patch(header.map_end, entries, why), Patch(PREHEADER_SIZE, HEADER1.build(fields), why, sync=True)]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from diskmorph.formats.check import Patch
 from diskmorph.formats.vhd.footer import read_footers
-from diskmorph.formats.vhd.schema import FIXED, MOST_BYTES, SECTOR, build_footer, geometry
+from diskmorph.formats.vhd.schema import FIXED, MOST_BYTES, SECTOR, WRITTEN_BY, build_footer, geometry
 
 if TYPE_CHECKING:
     from diskmorph.formats.source import ByteSource
@@ -20,6 +20,7 @@ def growth_patches(source: ByteSource, size: int) -> list[Patch] | None:
     cylinders, heads, sectors = geometry(size)
     fields = {key: value for key, value in found.fields.items() if not key.startswith("_")}
     fields |= {"current_size": size, "cylinders": cylinders, "heads": heads, "sectors": sectors, "checksum": 0}
+    fields |= WRITTEN_BY
     why = f"the disk becomes {size} bytes large"
     gone = bytes(source.size - found.last.offset)
     if found.last.offset + len(gone) > size:  # the new footer lies over the old one

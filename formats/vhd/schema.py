@@ -21,6 +21,9 @@ EPOCH = 946_684_800
 FIXED, DYNAMIC, DIFFERENCING = 2, 3, 4
 TYPE_NAMES = {FIXED: "fixed", DYNAMIC: "dynamic", DIFFERENCING: "differencing"}
 
+WRITTEN_BY = {"creator": b"win ", "creator_version": 0x000A_0000, "creator_os": b"Wi2k"}
+"""Who wrote a footer: QEMU takes the size of this creator's disks as it stands, of others' from the geometry."""
+
 SECTOR = 512
 UNALLOCATED = 0xFFFF_FFFF
 MOST_BYTES = 2040 << 30

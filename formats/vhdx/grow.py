@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -33,4 +34,5 @@ def growth_patches(source: ByteSource, size: int) -> list[Patch] | None:
         return None
     item = read_items(source, region)[VIRTUAL_DISK_SIZE]
     changed = logged.sectors(source, item.offset, VirtualDiskSize.build({"size": size}))
-    return logged.patches(source, changed, f"the disk becomes {size} bytes large")
+    # Before what a guest can see changes, its size too, the GUID that children know it by must (2.2.2).
+    return logged.patches(source, changed, f"the disk becomes {size} bytes large", data_write_guid=uuid.uuid4())

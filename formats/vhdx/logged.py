@@ -14,6 +14,8 @@ from diskmorph.formats.errors import UnsupportedError
 from diskmorph.formats.vhdx import headers
 from diskmorph.formats.vhdx.schema import (
     LOG_SECTOR,
+    LOG_VERSION,
+    MIB,
     NO_GUID,
     DataDescriptor,
     DataSector,
@@ -23,6 +25,8 @@ from diskmorph.formats.vhdx.schema import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from diskmorph.formats.source import ByteSource
     from diskmorph.formats.vhdx.headers import Copy, Region
 
@@ -50,18 +54,24 @@ def sectors(source: ByteSource, offset: int, data: bytes) -> dict[int, bytes]:
     return {low + at: bytes(block[at : at + LOG_SECTOR]) for at in range(0, high - low, LOG_SECTOR)}
 
 
-def patches(source: ByteSource, changed: dict[int, bytes], why: str) -> list[Patch]:
-    """Return what writes sectors (by their places in the file) through the log of a closed file."""
+def patches(source: ByteSource, changed: dict[int, bytes], why: str, **fields: uuid.UUID) -> list[Patch]:
+    """Return what writes sectors (by their places in the file) through the log of a closed file.
+
+    `fields` of the header change too, from the first header written on. Raises UnsupportedError where the header's
+    sequence number has no successors.
+    """
     copies = headers.header_copies(source)
     current = headers.current_header(copies)
+    if int(current.fields.sequence_number) + 2 >= 1 << 64:
+        raise UnsupportedError("its headers cannot be changed any more", feature="sequence number", format="vhdx")
     other = next(copy for copy in copies if copy.offset != current.offset)
     guid = uuid.uuid4()
     log = headers.log_region(current, source.size)
     return [
         Patch(log.offset, _log_entry(changed, guid, source.size), "log entry"),
-        Patch(other.offset, _header(current, 1, guid), "header with a log", sync=True),
+        Patch(other.offset, _header(current, 1, guid, fields), "header with a log", sync=True),
         *(Patch(at, data, why, sync=number == 0) for number, (at, data) in enumerate(sorted(changed.items()))),
-        Patch(current.offset, _header(current, 2, NO_GUID), "header without a log", sync=True),
+        Patch(current.offset, _header(current, 2, NO_GUID, fields), "header without a log", sync=True),
     ]
 
 
@@ -89,19 +99,20 @@ def _log_entry(changed: dict[int, bytes], guid: uuid.UUID, size: int) -> bytes:
             "descriptor_count": len(changed),
             "reserved": 0,
             "log_guid": guid,
-            "flushed_file_offset": size,
-            "last_file_offset": size,
+            "flushed_file_offset": size // MIB * MIB,
+            "last_file_offset": -(-size // MIB) * MIB,
         }
     )
     return sealed((head + descriptors).ljust(first, b"\0") + data)
 
 
-def _header(current: Copy, step: int, log: uuid.UUID) -> bytes:
+def _header(current: Copy, step: int, log: uuid.UUID, changed: Mapping[str, uuid.UUID]) -> bytes:
     fields: dict[str, Any] = {key: value for key, value in current.fields.items() if not key.startswith("_")}
     fields |= {
         "sequence_number": int(fields["sequence_number"]) + step,
         "file_write_guid": uuid.uuid4(),
         "log_guid": log,
+        "log_version": LOG_VERSION,
         "checksum": 0,
     }
-    return sealed(Header.build(fields))
+    return sealed(Header.build(fields | dict(changed)))

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from clikit import dm
 from ocikit import CONFIG, Layout, docker_archive, oci_layout, sha256, tricky_layers
+from treekit import tar_entry, tar_file
 
 from testkit import run
 
@@ -123,3 +124,48 @@ def test_a_layer_that_is_not_there_is_told(tmp_path: Path) -> None:
     whole = (tmp_path / "d.tar").read_bytes()
     (tmp_path / "d.tar").write_bytes(whole.replace(b'/layer.tar"', b'/other.tar"', 1))
     assert dm("info", tmp_path / "d.tar").status == 1
+
+
+@pytest.mark.parametrize("field", ["Config", "Layers"])
+def test_names_that_no_file_can_have_are_told(field: str, tmp_path: Path) -> None:
+    archive = docker_archive(tmp_path / "d.tar", LAYERS)
+    manifest = {"Config": "a" * 64 + ".json", "RepoTags": ["a"], "Layers": ["l.tar"]}
+    manifest[field] = "\ud800" if field == "Config" else ["\ud800"]
+    members = [tar_entry("manifest.json", json.dumps([manifest]).encode())]
+    archive.write_bytes(tar_file(*members, tar_entry("a" * 64 + ".json", b"{}")))
+    for verb in ("info", "ls"):
+        done = dm(verb, archive)
+        assert done.status == 1 and "fault" not in done.err
+
+
+def test_what_an_image_says_stays_on_its_line(tmp_path: Path) -> None:
+    made = Layout()
+    made.add(made.image(LAYERS, architecture="amd64\nstored size:  0 bytes"), "x\nformat:  raw")
+    text = dm("info", made.write(tmp_path / "bent")).ok().out
+    assert sum(line.startswith(("format:", "stored size:")) for line in text.splitlines()) == 2
+
+
+@pytest.mark.parametrize("word", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_numbers_that_are_none_are_refused(word: str, tmp_path: Path) -> None:
+    made = Layout()
+    found = made.image(LAYERS, config={"Labels": {"a": "@"}})
+    made.add(found)
+    (tmp_path / "blobs").mkdir()
+    for digest, content in list(made.blobs.items()):
+        if b'"@"' in content:
+            made.blobs[digest] = content.replace(b'"@"', word.encode())
+    done = dm("info", "--json", made.write(tmp_path / "bent"))
+    assert done.status == 1
+    assert "NaN" not in done.out and "Infinity" not in done.out
+
+
+def test_the_format_that_is_said_decides(tmp_path: Path) -> None:
+    assert dm("info", "-f", "bogus", tmp_path).status != 0
+    assert "directory" in dm("info", "-f", "qcow2", tmp_path).err
+    assert info(tmp_path, "-f", "directory")["format"] == "directory"
+
+
+@pytest.mark.parametrize("platform", ["linux/arm64", "linux", "", "/", "linux//v8", "a/b/c/d"])
+def test_another_platform_than_the_one_image_is_for(platform: str, tmp_path: Path) -> None:
+    done = dm("info", layout(tmp_path), "--platform", platform)
+    assert done.status == 2 and ("no image for" in done.err or "no platform" in done.err)

@@ -11,10 +11,11 @@ from clikit import dm
 import diskmorph
 from diskmorph.convert import growing
 from diskmorph.convert.options import ConvertOptions
-from diskmorph.formats.errors import PolicyError, TargetError
+from diskmorph.formats.errors import DiskmorphError, PolicyError
 from diskmorph.formats.locking import lock_for_writing
 from diskmorph.formats.policy import Parents
 from diskmorph.formats.registry import open_disk
+from diskmorph.formats.vhdx.schema import HEADER_SIZE, HEADERS_AT, sealed
 
 from testkit import KIB, MIB, content, data, qemu_same, run
 
@@ -185,23 +186,81 @@ def test_a_dry_run_changes_nothing(tmp_path: Path) -> None:
     assert image.read_bytes() == before
 
 
-def test_a_failure_leaves_a_journal_that_undoes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    image = made(tmp_path, "vdi")
-    real, calls = os.pwrite, 0
-
-    def failing(fd: int, part: bytes, at: int) -> int:
-        nonlocal calls
-        calls += 1
-        if calls == 2:
-            raise OSError(5, "Input/output error")
-        return real(fd, part, at)
-
-    monkeypatch.setattr(os, "pwrite", failing)
-    with pytest.raises(TargetError, match="journal"):
-        diskmorph.resize(image, 40 * MIB)
-    assert (tmp_path / "a.vdi.diskmorph-journal").exists()
+def test_the_log_of_a_damaged_vhdx_is_not_written_over_data(tmp_path: Path) -> None:
+    """Readers do not look at an empty log's place; who writes to it must."""
+    image = made(tmp_path, "vhdx block_size=1M")
+    raw = bytearray(image.read_bytes())
+    (bat,) = (at for at in range(MIB, 4 * MIB, MIB) if raw[at] & 7 == 6)
+    block = int.from_bytes(raw[bat : bat + 8], "little") & ~0xFFFFF
+    for at in HEADERS_AT:
+        raw[at + 72 : at + 80] = block.to_bytes(8, "little")
+        raw[at : at + HEADER_SIZE] = sealed(bytes(raw[at : at + HEADER_SIZE]))
+    image.write_bytes(raw)
+    diskmorph.resize(image, 40 * MIB)
     with open_disk(image) as disk:
-        assert content(disk) == (tmp_path / "in.raw").read_bytes()
+        assert content(disk) == (tmp_path / "in.raw").read_bytes() + bytes(35 * MIB)
+
+
+@pytest.mark.parametrize("format", ["qcow2", "vdi", "vhdx"])
+def test_a_file_that_ends_with_its_disk_is_written_anew(format: str, tmp_path: Path) -> None:
+    image = made(tmp_path, format, 5 * MIB + 512, by="qemu-img")
+    at = image.read_bytes().rindex(data("end", MIB)[-512:])
+    os.truncate(image, at + 512)
+    diskmorph.resize(image, 40 * MIB)
+    with open_disk(image) as disk:
+        assert content(disk) == (tmp_path / "in.raw").read_bytes() + bytes(35 * MIB - 512)
+
+
+def test_children_of_a_vhdx_see_that_it_changed(tmp_path: Path) -> None:
+    image = made(tmp_path, "vhdx")
+    diskmorph.create(tmp_path / "child.vhdx", options=ConvertOptions(base=image))
+    diskmorph.resize(image, 40 * MIB)
+    with pytest.raises(DiskmorphError):
+        open_disk(tmp_path / "child.vhdx", parents=Parents.of(tmp_path))
+
+
+@pytest.mark.parametrize("numbers", [(2**64 - 1, 2**64 - 2), (2**64 - 2, 5)])
+def test_sequence_numbers_that_have_no_next(numbers: tuple[int, int], tmp_path: Path) -> None:
+    image = made(tmp_path, "vhdx")
+    raw = bytearray(image.read_bytes())
+    for at, number in zip(HEADERS_AT, numbers, strict=True):
+        raw[at + 8 : at + 16] = number.to_bytes(8, "little")
+        raw[at : at + HEADER_SIZE] = sealed(bytes(raw[at : at + HEADER_SIZE]))
+    image.write_bytes(raw)
+    inode = image.stat().st_ino
+    diskmorph.resize(image, 40 * MIB)
+    assert image.stat().st_ino != inode
+
+
+def test_unknown_autoclear_bits_are_cleared(tmp_path: Path) -> None:
+    image = made(tmp_path, "qcow2")
+    with image.open("r+b") as file:
+        file.seek(88)
+        file.write((1 << 20 | 2).to_bytes(8, "big"))
+    diskmorph.resize(image, 40 * MIB)
+    assert image.read_bytes()[88:96] == bytes(8)
+    run("qemu-img", "check", image)
+
+
+@pytest.mark.parametrize("creator", [b"vbox", b"vs  "])
+def test_qemu_sees_the_size_of_a_vhd_whoever_made_it(creator: bytes, tmp_path: Path) -> None:
+    image = made(tmp_path, "vhd subformat=fixed")
+    raw = bytearray(image.read_bytes())
+    footer = bytearray(raw[-512:])
+    footer[28:32] = creator
+    footer[64:68] = bytes(4)
+    footer[64:68] = (~sum(footer) & 0xFFFFFFFF).to_bytes(4, "big")
+    image.write_bytes(raw[:-512] + footer)
+    diskmorph.resize(image, 40 * MIB)
+    os.truncate(tmp_path / "in.raw", 40 * MIB)
+    qemu_same(tmp_path / "in.raw", image, "vpc")
+
+
+def test_the_same_size_is_nothing_to_do(tmp_path: Path) -> None:
+    image = made(tmp_path, "vmdk")
+    before, inode = image.read_bytes(), image.stat().st_ino
+    assert "already" in dm("resize", "--json", image, "+0").ok().json["notes"][0]
+    assert (image.read_bytes(), image.stat().st_ino) == (before, inode)
 
 
 def test_every_format_named_has_its_module() -> None:

@@ -13,8 +13,8 @@ import pytest
 
 import diskmorph
 from diskmorph.convert.digest import LEAF
+from diskmorph.convert.journal import JOURNAL
 from diskmorph.convert.options import ConvertOptions
-from diskmorph.convert.patching import JOURNAL
 from diskmorph.formats.errors import FormatError, OptionError, TargetError
 from diskmorph.formats.views import Memory, Zero
 
@@ -173,7 +173,7 @@ def test_repair_that_has_nothing_to_do(tmp_path: Path) -> None:
 
 def test_check_refuses(tmp_path: Path) -> None:
     diskmorph.convert(Memory(data(1, MIB)), tmp_path / "a.qcow2")
-    with pytest.raises(OptionError, match="leaks or all"):
+    with pytest.raises(OptionError, match="leaks, all or undo"):
         diskmorph.check(tmp_path / "a.qcow2", repair="some")
     with pytest.raises(OptionError, match="--repair"):
         diskmorph.check(tmp_path / "a.qcow2", output=tmp_path / "b.qcow2")

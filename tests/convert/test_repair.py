@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 import diskmorph
 from diskmorph.convert import patching
+from diskmorph.convert.journal import JOURNAL
 from diskmorph.convert.mended import MendedSource
-from diskmorph.convert.patching import JOURNAL
 from diskmorph.convert.repair import plan_repair
 from diskmorph.formats.check import CheckReport, Patch
 from diskmorph.formats.errors import FormatError, IntegrityError, OptionError, PolicyError, TargetError
@@ -177,10 +177,10 @@ def test_nobody_writes_while_an_image_is_changed(tmp_path: Path, monkeypatch: py
     apply = patching._apply
     refused: list[str] = []
 
-    def watched(fd: int, path: Path, patches: list[Patch]) -> None:
+    def watched(fd: int, patches: list[Patch]) -> None:
         done = subprocess.run(["qemu-io", "-c", "write 0 4k", image], capture_output=True, text=True, check=False)
         refused.append(done.stderr)
-        apply(fd, path, patches)
+        apply(fd, patches)
 
     monkeypatch.setattr(patching, "_apply", watched)
     assert diskmorph.check(image, repair="all").clean
@@ -204,7 +204,7 @@ def test_a_journal_that_cannot_be_written_leaves_no_half_of_a_line(
         if earlier is not None:
             journal.write_bytes(earlier)
         with monkeypatch.context() as patched, pytest.raises(TargetError, match="journal"):
-            patched.setattr(patching.os, "write", full)
+            patched.setattr(os, "write", full)
             diskmorph.check(image, repair="all")
         assert (journal.read_bytes() if journal.exists() else None) == earlier
         assert image.read_bytes() == before
