@@ -40,7 +40,6 @@ class Change:
     """A change as the journal has it: where it begins there; the file's sizes before and after it; what it replaced."""
 
     at: int
-    file: str
     size: int
     after: int
     places: tuple[Place, ...]
@@ -69,18 +68,13 @@ def begin(journal: Path, lines: Iterable[dict[str, Any]]) -> int:
     """Append what a change will replace, durably, or nothing; return the length before. Raises TargetError."""
     import json  # noqa: PLC0415 - every conversion asks whether there is a journal, few have one
 
-    text = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
-    try:
-        fd = _open(journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        try:
-            size = os.fstat(fd).st_size
-            _write(fd, text + _UNFINISHED, size, journal)
-        finally:
-            os.close(fd)
-        sync_folder(journal.parent)
-    except OSError as error:
-        raise _unwritable(journal, error) from error
-    return size
+    return _append(journal, b"".join(json.dumps(line).encode() + b"\n" for line in lines) + _UNFINISHED)
+
+
+def unfinish(image: Path) -> None:
+    """Say of a journal's last change that the image may hold half of it. Raises TargetError."""
+    if not is_unfinished(image):
+        _append(journal_of(image), _UNFINISHED)
 
 
 def finish(journal: Path) -> None:
@@ -120,10 +114,10 @@ def last_change(image: Path) -> Change:
             raise FormatError("the journal holds no change", file=str(journal))
         file.seek(start)
         places = tuple(_place(line, journal) for _, line in _lines(file, journal) if "offset" in line)
-    name, size, after = head.get("file"), head.get("size"), head.get("after")
-    if not isinstance(name, str) or not _is_size(size) or not _is_size(after):
+    size, after = head.get("size"), head.get("after")
+    if not _is_size(size) or not _is_size(after):
         raise _damaged(journal)
-    return Change(start, name, size, after, places)
+    return Change(start, size, after, places)
 
 
 def _lines(file: Any, journal: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -169,6 +163,21 @@ def _open(journal: Path, how: int) -> int:
         return fd
     os.close(fd)
     raise OSError(22, "it is no file")
+
+
+def _append(journal: Path, text: bytes) -> int:
+    """Add whole lines, durably, or none; return the length before."""
+    try:
+        fd = _open(journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        try:
+            size = os.fstat(fd).st_size
+            _write(fd, text, size, journal)
+        finally:
+            os.close(fd)
+        sync_folder(journal.parent)
+    except OSError as error:
+        raise _unwritable(journal, error) from error
+    return size
 
 
 def _write(fd: int, text: bytes, size: int, journal: Path) -> None:

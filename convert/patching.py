@@ -14,7 +14,7 @@ from diskmorph.convert import journal as journals
 from diskmorph.convert.journal import BROKEN_OFF, UNDO, Place
 from diskmorph.convert.mended import MendedSource
 from diskmorph.formats.check import Patch
-from diskmorph.formats.errors import FormatError, IntegrityError, PolicyError, TargetError
+from diskmorph.formats.errors import IntegrityError, PolicyError, TargetError
 from diskmorph.formats.locking import lock_for_writing
 
 if TYPE_CHECKING:
@@ -48,19 +48,13 @@ def change_in_place(source: FileSource, entry: Format, patches: Sequence[Patch],
 def undo_in_place(source: FileSource) -> int:
     """Put back what the last change in an image's journal replaced; return how many places that were.
 
-    Raises FormatError where there is nothing to undo, or the journal is damaged or another file's, IntegrityError where
-    the image was changed since, and what `patch_in_place` raises.
+    Raises FormatError where there is nothing to undo, or the journal is damaged, IntegrityError where the image was
+    changed since, and what `patch_in_place` raises.
     """
     with _opened(source) as (fd, path):
         change = journals.last_change(path)
-        if change.file != path.name:
-            raise FormatError(
-                "the journal tells of another file",
-                file=str(journals.journal_of(path)),
-                expected=path.name,
-                found=change.file,
-            )
         _require_as_left(source, path, change)
+        journals.unfinish(path)  # this may break off as well
         try:
             _put_back(fd, [(place.offset, place.old) for place in change.places], change.size)
         except OSError as error:

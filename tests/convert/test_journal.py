@@ -139,6 +139,31 @@ def test_another_image_of_that_name_is_not_undone(tmp_path: Path) -> None:
     assert image.read_bytes() == before
 
 
+UNDOING = DYING.replace("diskmorph.resize(sys.argv[1], 40 << 20)", 'diskmorph.check(sys.argv[1], repair="undo")')
+
+
+@pytest.mark.parametrize("written", [0, 1])
+def test_an_undo_that_breaks_off_is_undone_again(written: int, tmp_path: Path) -> None:
+    image = leaky(tmp_path)
+    with image.open("r+b") as file:  # two places to mend: a leaked cluster, and a flag
+        file.seek(4 * 65536 + 16)
+        file.write(bytes(1))
+    before = image.read_bytes()
+    assert diskmorph.check(image, repair="all").repaired
+    assert subprocess.run([sys.executable, "-c", UNDOING, image, str(written)], check=False).returncode == 9
+    assert dm("check", image).status == 3
+    assert diskmorph.check(image, repair="undo").corruptions
+    assert image.read_bytes() == before
+    assert not journal(image).exists()
+
+
+def test_a_journal_goes_along_with_a_renamed_image(tmp_path: Path) -> None:
+    image = leaky(tmp_path)
+    assert dm("check", "--repair", "leaks", image).status == 0
+    os.rename(journal(image), journal(tmp_path / "b.qcow2"))
+    assert diskmorph.check(image.rename(tmp_path / "b.qcow2"), repair="undo").leaks
+
+
 def test_repairs_are_undone_last_first(tmp_path: Path) -> None:
     image = leaky(tmp_path)
     states = [image.read_bytes()]
