@@ -72,9 +72,9 @@ def check(
         entry, _ = identify(source, format)
         module = load(entry)
         report = module.check_image(source, context, repair)
-        if source.path is not None and is_unfinished(source.path):
-            report.add("journal", None, f"{BROKEN_OFF}: {UNDO}")
         if repair is None or (not report.patches and output is None):
+            if source.path is not None and is_unfinished(source.path):
+                report.add("journal", None, f"{BROKEN_OFF}: {UNDO}")
             return _result(str(path), report)
         assert isinstance(source, FileSource)  # noqa: S101 - URLs are not mended
         if output is not None:

@@ -77,7 +77,7 @@ def _described_tree(
 ) -> dict[str, Any] | None:
     """Return what `info` shows of a container image, an archive or a directory; None where it is none of them."""
     from diskmorph.convert.describe_trees import describe_tree  # noqa: PLC0415 - seldom needed
-    from diskmorph.formats.trees import tree_format  # noqa: PLC0415
+    from diskmorph.formats.trees import tree_format  # noqa: PLC0415 - as above
 
     kind = format if format in TREE_KINDS else tree_format(path)
     if kind not in TREE_KINDS:

@@ -37,7 +37,7 @@ def describe_tree(
 
 
 def _image(image: Image, limits: Limits) -> dict[str, Any]:
-    from diskmorph.formats.oci.schema import Fields  # noqa: PLC0415
+    from diskmorph.formats.oci.schema import Fields  # noqa: PLC0415 - container images only
 
     config = Fields(image.config, image.name, "configuration")
     layers = [_layer(image, layer) for layer in image.layers]

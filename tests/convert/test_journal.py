@@ -11,6 +11,7 @@ import pytest
 from clikit import dm
 
 import diskmorph
+from diskmorph.convert import check as checking
 from diskmorph.convert.journal import JOURNAL
 from diskmorph.formats.errors import FormatError, IntegrityError, PolicyError, TargetError
 from diskmorph.formats.registry import open_disk
@@ -221,6 +222,16 @@ def test_by_way_of_a_link_the_journal_lies_beside_the_image(tmp_path: Path) -> N
     assert found.journal == str(journal(image))
     assert journal(image).exists()
     assert diskmorph.check(link, repair="undo").leaks
+
+
+def test_a_copy_is_judged_by_the_image_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the journal tells is no corruption that a repair might leave another one for."""
+    image, seen = leaky(tmp_path), []
+    journal(image).write_bytes(b'{"unfinished": true}\n')
+    plan = checking.plan_repair
+    monkeypatch.setattr(checking, "plan_repair", lambda *words: seen.append(words[-1].corruptions) or plan(*words))
+    assert diskmorph.check(image, repair="leaks", output=tmp_path / "b.qcow2").clean
+    assert seen == [0]
 
 
 def test_undo_is_of_the_image_alone(tmp_path: Path) -> None:
