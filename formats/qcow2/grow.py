@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from diskmorph.formats.check import Patch
+from diskmorph.formats.fields import fields_of
 from diskmorph.formats.limits import Limits
 from diskmorph.formats.qcow2 import schema as s
 from diskmorph.formats.qcow2.header import read_header
@@ -29,7 +30,7 @@ def growth_patches(source: ByteSource, size: int) -> list[Patch] | None:
     if not _has_room(source, header, count):
         return None
     raw = s.HEADER.parse(source.read(0, s.V2_LENGTH))
-    fields = {key: value for key, value in raw.items() if not key.startswith("_")}
+    fields = fields_of(raw)
     fields |= {"size": size, "l1_size": count}
     why = f"the disk becomes {size} bytes large"
     found = [Patch(0, s.HEADER.build(fields), why)]

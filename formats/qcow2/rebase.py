@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from diskmorph.formats.check import Patch
 from diskmorph.formats.errors import TargetError
+from diskmorph.formats.fields import fields_of
 from diskmorph.formats.limits import Limits
 from diskmorph.formats.qcow2 import schema as s
 from diskmorph.formats.qcow2.building import backing_format_name
@@ -37,7 +38,7 @@ def parent_patches(source: ByteSource, parent: NewParent) -> list[Patch]:
             found=f"{len(name)} bytes",
         )
     raw = s.HEADER.parse(source.read(0, s.V2_LENGTH))
-    fields = {key: value for key, value in raw.items() if not key.startswith("_")}
+    fields = fields_of(raw)
     fields |= {"backing_offset": start + len(middle), "backing_length": len(name)}
     head = s.HEADER.build(fields) + _more(source, start)
     block = (head + middle + name).ljust(min(header.cluster, source.size), b"\0")
@@ -50,7 +51,7 @@ def _more(source: ByteSource, stop: int) -> bytes:
     if not raw:
         return raw
     found = s.HEADER_V3.parse(raw)
-    fields = {key: value for key, value in found.items() if not key.startswith("_")}
+    fields = fields_of(found)
     fields["autoclear"] &= s.AUTOCLEAR_BITMAPS | s.AUTOCLEAR_RAW
     return s.HEADER_V3.build(fields) + raw[s.HEADER_V3.sizeof() :]
 

@@ -6,6 +6,7 @@ import uuid
 from typing import TYPE_CHECKING
 
 from diskmorph.formats.check import Patch
+from diskmorph.formats.fields import fields_of
 from diskmorph.formats.vdi.reader import read_header
 from diskmorph.formats.vdi.schema import (
     DYNAMIC,
@@ -34,7 +35,7 @@ def growth_patches(source: ByteSource, size: int) -> list[Patch] | None:
     if stop > header.data_offset or not set(source.read(header.map_end, added)) <= _GAP:
         return None
     found = HEADER1.parse(source.read_upto(PREHEADER_SIZE, HEADER1_PLUS_SIZE))
-    fields = {key: value for key, value in found.items() if not key.startswith("_")}
+    fields = fields_of(found)
     fields |= {"disk_size": size, "blocks": max(blocks, header.blocks), "modify_uuid": uuid.uuid4()}
     why = f"the disk becomes {size} bytes large"
     entries = FREE.to_bytes(POINTER.itemsize, "little") * (added // POINTER.itemsize)

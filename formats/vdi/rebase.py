@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from diskmorph.formats.check import Patch
 from diskmorph.formats.errors import OptionError, UnsupportedError
+from diskmorph.formats.fields import fields_of
 from diskmorph.formats.vdi.schema import DIFFERENCING, HEADER1, HEADER1_PLUS_SIZE, PREHEADER_SIZE
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def parent_patches(source: ByteSource, parent: NewParent) -> list[Patch]:
     found = HEADER1.parse(raw)
     if source.read(PREHEADER_SIZE - 2, 2) != b"\1\0" or found.type != DIFFERENCING:
         raise UnsupportedError("is no differencing VDI of version 1", feature="rebase", file=source.name, format="vdi")
-    fields = {key: value for key, value in found.items() if not key.startswith("_")}
+    fields = fields_of(found)
     fields |= {
         "linkage_uuid": uuid.UUID(parent.identity["uuid"]),
         "parent_modify_uuid": uuid.UUID(parent.identity["modify uuid"]),

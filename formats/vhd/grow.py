@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from diskmorph.formats.check import Patch
+from diskmorph.formats.fields import fields_of
 from diskmorph.formats.vhd.footer import read_footers
 from diskmorph.formats.vhd.schema import FIXED, MOST_BYTES, SECTOR, WRITTEN_BY, build_footer, geometry
 
@@ -18,7 +19,7 @@ def growth_patches(source: ByteSource, size: int) -> list[Patch] | None:
     if found.fields.type != FIXED or found.last is None or size % SECTOR or size > MOST_BYTES:
         return None
     cylinders, heads, sectors = geometry(size)
-    fields = {key: value for key, value in found.fields.items() if not key.startswith("_")}
+    fields = fields_of(found.fields)
     fields |= {"current_size": size, "cylinders": cylinders, "heads": heads, "sectors": sectors, "checksum": 0}
     fields |= WRITTEN_BY
     why = f"the disk becomes {size} bytes large"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from diskmorph.formats.check import Patch
 from diskmorph.formats.errors import OptionError, UnsupportedError
+from diskmorph.formats.fields import fields_of
 from diskmorph.formats.vhd.footer import read_footers
 from diskmorph.formats.vhd.schema import (
     DIFFERENCING,
@@ -39,7 +40,7 @@ def parent_patches(source: ByteSource, parent: NewParent) -> list[Patch]:
         raise UnsupportedError("is no differencing VHD", feature="rebase", file=source.name, format="vhd")
     old = HEADER.parse(source.read(at, HEADER_SIZE))
     patches, locators = _locators(source, old, parent)
-    fields = {key: value for key, value in old.items() if not key.startswith("_")}
+    fields = fields_of(old)
     name = parent.unicode_name().rsplit("/", 1)[-1].encode("utf-16-be")
     fields |= {
         "parent_uuid": uuid.UUID(parent.identity["uuid"]),

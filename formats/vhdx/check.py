@@ -14,6 +14,7 @@ import numpy as np
 from diskmorph.formats.check import ERROR, WARNING, CheckReport, Patch
 from diskmorph.formats.errors import UnsupportedError
 from diskmorph.formats.extents import DATA
+from diskmorph.formats.fields import fields_of
 from diskmorph.formats.vhdx.headers import (
     has_log,
     header_copies,
@@ -239,7 +240,7 @@ def _new_headers(current: Copy, headers: list[Copy]) -> Iterator[Patch]:
 
     What the log said is on stable storage before the first one empties it, and that one before the other is touched.
     """
-    fields = {name: value for name, value in current.fields.items() if not name.startswith("_")}
+    fields = fields_of(current.fields)
     fields["log_guid"] = NO_GUID
     fields["file_write_guid"] = uuid.uuid5(fields["file_write_guid"], "repair")
     others = [copy for copy in headers if copy.offset != current.offset]

@@ -7,10 +7,11 @@ says that the log is empty. Whenever that breaks off, a reader finds what was th
 from __future__ import annotations
 
 import uuid
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from diskmorph.formats.check import Patch
 from diskmorph.formats.errors import UnsupportedError
+from diskmorph.formats.fields import fields_of
 from diskmorph.formats.vhdx import headers
 from diskmorph.formats.vhdx.schema import (
     LOG_SECTOR,
@@ -107,7 +108,7 @@ def _log_entry(changed: dict[int, bytes], guid: uuid.UUID, size: int) -> bytes:
 
 
 def _header(current: Copy, step: int, log: uuid.UUID, changed: Mapping[str, uuid.UUID]) -> bytes:
-    fields: dict[str, Any] = {key: value for key, value in current.fields.items() if not key.startswith("_")}
+    fields = fields_of(current.fields)
     fields |= {
         "sequence_number": int(fields["sequence_number"]) + step,
         "file_write_guid": uuid.uuid4(),
