@@ -2,10 +2,9 @@
 
 import json
 import struct
-import subprocess
-import time
 
 import pytest
+from nbdservers import nbd_server
 
 import diskmorph
 from diskmorph.convert.chains import keep_chain
@@ -35,15 +34,9 @@ def described(path):
 
 def dirty(path, name, sock):
     """Return the dirty extents of a bitmap as qemu-nbd tells of them."""
-    with subprocess.Popen(["qemu-nbd", "-r", "-t", "-B", name, "-k", str(sock), "-f", "qcow2", str(path)]) as child:
-        try:
-            while not sock.exists():
-                assert child.poll() is None
-                time.sleep(0.02)
-            words = ["nbdinfo", "--json", f"--map=qemu:dirty-bitmap:{name}", f"nbd+unix:///?socket={sock}"]
-            return [(e["offset"], e["length"], e["type"]) for e in json.loads(run(*words).stdout)]
-        finally:
-            child.terminate()
+    with nbd_server(sock, "qemu-nbd", "-r", "-t", "-B", name, "-k", sock, "-f", "qcow2", path) as url:
+        words = ["nbdinfo", "--json", f"--map=qemu:dirty-bitmap:{name}", url]
+        return [(e["offset"], e["length"], e["type"]) for e in json.loads(run(*words).stdout)]
 
 
 @pytest.mark.parametrize("words", [{}, {"cluster_size": "512"}, {"cluster_size": "2M"}, {"extended_l2": "on"}])
