@@ -30,7 +30,7 @@ class NbdMember(InPlaceMember):
         try:
             first = Connection(url)
         except SourceError as error:
-            raise _as_target(error) from error
+            raise TargetError(error.problem, file=error.file) from error
         self._free = [first]
         self._count = 1
         self._ready = threading.Condition()
