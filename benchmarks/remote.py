@@ -11,11 +11,13 @@ nbdkit. The disk holds real files of this machine in an ext4, a quarter of it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import http.server
 import os
 import re
 import shutil
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -83,9 +85,11 @@ def serve_http(path: Path) -> str:
 
 def serve_nbd(sock: Path, *words: str) -> subprocess.Popen[bytes]:
     child = subprocess.Popen(["nbdkit", "-f", "-U", str(sock), *words])
-    while not sock.exists():
+    while True:
+        with socket.socket(socket.AF_UNIX) as client, contextlib.suppress(OSError):
+            client.connect(str(sock))
+            return child
         time.sleep(0.02)
-    return child
 
 
 def seconds(argv: list[str], before: Callable[[], None]) -> float:
