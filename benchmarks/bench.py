@@ -312,7 +312,7 @@ def _available() -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("-k", default="*", metavar="GLOB", help="only pairs whose name matches")
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--peer", default="qemu-img", help="the qemu-img to compare with")
     parser.add_argument("--fs", default="here,xfs,tmpfs", help="here, ext4, tmpfs, xfs: a list with commas")
     parser.add_argument("--data", type=int, default=2 * GIB, help="bytes of real files on the disk")
