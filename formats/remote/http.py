@@ -40,7 +40,7 @@ class HttpSource(BlockSource):
         self._url = url
         self.name = url
         answer, _ = self._get(0, 1)
-        if answer.status == 200 and answer.headers.get("Content-Length") == "0":
+        if _is_of_nothing(answer):
             total = "0"
         elif answer.status != 206:
             raise self._unfit(answer)
@@ -142,6 +142,13 @@ class HttpSource(BlockSource):
         """See ByteSource."""
         super().close()
         self._http.clear()
+
+
+def _is_of_nothing(answer: Any) -> bool:
+    """Return whether the file is empty: it has no first byte, as servers say by 200 or 416 (RFC 9110, 15.5.17)."""
+    if answer.status == 200:
+        return bool(answer.headers.get("Content-Length") == "0")
+    return answer.status == 416 and answer.headers.get("Content-Range", "").replace(" ", "") == "bytes*/0"
 
 
 def _reason(error: Exception) -> str:

@@ -81,6 +81,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.end_headers()
             return
         first, last = int(asked[1]), min(int(asked[2]), len(server.body) - 1)
+        if first > last:  # RFC 9110, 15.5.17
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{server.total or len(server.body)}")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
         if server.elsewhere:
             first, last = 0, last - first
         last = min(last, first + server.most - 1)
@@ -110,6 +116,19 @@ def test_a_remote_image_is_converted_by_ranges(tmp_path, image):
         report = diskmorph.convert(server.url, tmp_path / "out.raw")
         assert (tmp_path / "out.raw").read_bytes() == content(little_disk())
         assert report.source == server.url
+
+
+def test_an_empty_file_is_empty(tmp_path):
+    with Server(b"") as server:
+        with HttpSource(server.url) as source:
+            assert source.size == 0
+            source.verify_unchanged()
+        (tmp_path / "empty").touch()
+        here, there = (dm("info", "--json", name).json for name in (tmp_path / "empty", server.url))
+        assert (here["format"], here["virtual_size"]) == (there["format"], there["virtual_size"]) == ("raw", 0)
+        server.total = "5"
+        with pytest.raises(SourceError, match="416"):
+            HttpSource(server.url)
 
 
 @pytest.mark.parametrize("total", ["*", "-1", "\u00b2", "9" * 5000, str(1 << 63)], ids=lambda text: ascii(text)[:9])
