@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import threading
@@ -29,6 +30,11 @@ _FLAGS = wire.HAS_FLAGS | wire.READ_ONLY | wire.SEND_FLUSH | wire.CAN_MULTI_CONN
 _CONTEXT = 1
 
 
+_PASSING = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ECONNABORTED, errno.EINTR))
+"""Why a client is not accepted now, and may be in a moment: those who are served go on (accept(2))."""
+_PAUSE = 0.1
+
+
 class _Gone(Exception):  # noqa: N818 - no error: the client has left
     pass
 
@@ -47,12 +53,7 @@ class Server:
         self._stopping = threading.Event()
         self._clients: set[socket.socket] = set()
         try:
-            if path is not None:
-                self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-                self._socket.bind(os.fspath(path))
-            else:
-                self._socket = socket.create_server(("127.0.0.1", port or 0))
-            self._socket.listen()
+            self._socket = _listening(path, port)
         except OSError as error:
             where = str(path) if path is not None else f"127.0.0.1:{port}"
             raise TargetError(f"cannot be listened on: {error.strerror}", file=where) from error
@@ -71,8 +72,11 @@ class Server:
             while not self._stopping.is_set():
                 try:
                     client, _ = self._socket.accept()
-                except OSError:
-                    break
+                except OSError as error:
+                    if error.errno not in _PASSING:
+                        break
+                    self._stopping.wait(_PAUSE)
+                    continue
                 self._clients.add(client)
                 threading.Thread(target=self._serve, args=(client,), daemon=True).start()
         finally:
@@ -95,6 +99,20 @@ class Server:
         with contextlib.suppress(_Gone, OSError), client:
             _Session(self._disk, client, self._name).run()
         self._clients.discard(client)
+
+
+def _listening(path: Path | None, port: int | None) -> socket.socket:
+    """Return a socket that listens. Raises OSError."""
+    if path is None:
+        return socket.create_server(("127.0.0.1", port or 0))
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        made.bind(os.fspath(path))
+        made.listen()
+    except OSError:
+        made.close()
+        raise
+    return made
 
 
 class _Session:

@@ -1,6 +1,8 @@
 """NBD both ways: our server is used by qemu and libnbd, our client reads from qemu-nbd and nbdkit."""
 
+import errno
 import json
+import socket
 import threading
 from pathlib import Path
 
@@ -39,6 +41,28 @@ def test_qemu_reads_what_is_served(served, tmp_path):
     assert (tmp_path / "got.raw").read_bytes() == content(little_disk())
     extents = json.loads(run("qemu-img", "map", "-f", "raw", "--output=json", served.url).stdout)
     assert any(not e["data"] for e in extents)
+
+
+def test_a_client_too_many_does_not_end_the_server(tmp_path, monkeypatch):
+    """Descriptors have run out for a moment."""
+    refusals = [errno.EMFILE, errno.ECONNABORTED]
+    accept = socket.socket.accept
+
+    def refusing(listener):
+        if refusals:
+            raise OSError(refusals.pop(), "not now")
+        return accept(listener)
+
+    monkeypatch.setattr(socket.socket, "accept", refusing)
+    server = Server(little_disk(), path=tmp_path / "sock")
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    try:
+        assert "export-size" in run("nbdinfo", "--json", server.url).stdout
+    finally:
+        server.stop()
+        thread.join(5)
+    assert not refusals
 
 
 def test_libnbd_reads_what_is_served(served, tmp_path):
@@ -97,8 +121,6 @@ def test_urls():
 
 
 def test_a_server_that_speaks_something_else_is_refused():
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def answer():
