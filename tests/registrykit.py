@@ -117,6 +117,7 @@ class Proxy(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         if context is not None:
             self.socket = context.wrap_socket(self.socket, server_side=True)
+        self.scheme = "http" if context is None else "https"
         self.registry = registry
         self.requests: list[Request] = []
         self.rule: Callable[[Request], Reply | None] = lambda _: None
@@ -167,6 +168,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         server = self.server
         assert server.registry is not None
         headers = {k: v for k, v in request.headers.items() if server.ranges or k != "Range"}
+        headers["X-Forwarded-Proto"] = server.scheme  # or the registry sends us on without encryption
         if headers.get("Authorization", "").startswith("Bearer"):
             del headers["Authorization"]
         connection = http.client.HTTPConnection("127.0.0.1", server.registry.port, timeout=20)

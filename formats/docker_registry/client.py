@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
 
 from diskmorph.formats.docker_registry.auth import Authorizer
-from diskmorph.formats.docker_registry.reference import is_local
 from diskmorph.formats.docker_registry.transport import ATTEMPTS, RETRIED, BrokenOffError, Origin, Transport, joined
 from diskmorph.formats.errors import IntegrityError, SourceError, TargetError
 from diskmorph.formats.numbers import whole_number
+from diskmorph.formats.pools import is_local
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

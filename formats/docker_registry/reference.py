@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import re
 from dataclasses import dataclass
@@ -23,17 +22,6 @@ _HUB = "docker.io"
 def is_reference(name: str | os.PathLike[str]) -> bool:
     """Return whether a name that the user gave is that of an image in a registry."""
     return isinstance(name, str) and name.startswith(REGISTRY_PREFIXES)
-
-
-def is_local(host: str) -> bool:
-    """Return whether a host (with a port or without) is this machine by its name alone."""
-    bare = host[1 : host.index("]")] if host.startswith("[") else host.rpartition(":")[0] or host
-    if bare.lower() == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(bare).is_loopback
-    except ValueError:
-        return False
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,13 +6,12 @@ they are for and to no other; what began by https never goes on by http.
 
 from __future__ import annotations
 
-import re
 import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urljoin, urlsplit
 
-from diskmorph.formats.docker_registry.reference import is_local
 from diskmorph.formats.errors import SourceError
+from diskmorph.formats.pools import Pools, is_local, reason
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -94,7 +93,7 @@ class Transport:
         import urllib3  # noqa: PLC0415 - heavy, and only for registries
 
         timeout = urllib3.Timeout(connect=_TIMEOUT, read=_TIMEOUT)
-        self._http = urllib3.PoolManager(maxsize=8, retries=False, timeout=timeout)
+        self._http = Pools(maxsize=8, retries=False, timeout=timeout)
         self._plain = plain
         self._stopped = threading.Event()
 
@@ -200,9 +199,9 @@ class _Translated:
         from urllib3.exceptions import HTTPError, SSLError  # noqa: PLC0415 - loaded by now
 
         if isinstance(error, SSLError) and "CERTIFICATE" in str(error):
-            raise SourceError(f"its certificate is refused: {_reason(error)}", file=shown(self._url)) from error
+            raise SourceError(f"its certificate is refused: {reason(error)}", file=shown(self._url)) from error
         if isinstance(error, HTTPError | OSError):
-            raise BrokenOffError(f"cannot be reached: {_reason(error)}", file=shown(self._url)) from error
+            raise BrokenOffError(f"cannot be reached: {reason(error)}", file=shown(self._url)) from error
         if isinstance(error, ValueError):  # http.client on headers and addresses that are none
             raise SourceError(f"the registry's answer cannot be used: {error}", file=shown(self._url)) from error
 
@@ -222,9 +221,3 @@ def joined(url: str, target: str) -> str:
 def shown(url: str) -> str:
     """Return a URL as messages show it: without its query, which may hold a signature."""
     return url.partition("?")[0][:300]
-
-
-def _reason(error: BaseException) -> str:
-    """Return urllib3's words without those that tell of its objects."""
-    text = str(getattr(error, "reason", None) or error)
-    return re.sub(r"^(?:<.*?>|HTTPS?Connection\(.*?\)): ", "", text)[:200]

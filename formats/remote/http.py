@@ -7,6 +7,7 @@ from typing import Any
 
 from diskmorph.formats.errors import IntegrityError, SourceError
 from diskmorph.formats.numbers import whole_number
+from diskmorph.formats.pools import Pools, reason
 from diskmorph.formats.remote.blocks import BlockSource
 
 _ATTEMPTS = 6
@@ -27,6 +28,7 @@ class HttpSource(BlockSource):
         retries = urllib3.Retry(
             total=_ATTEMPTS,
             connect=2,  # a server that refuses to talk is told soon
+            other=1,  # so is a proxy
             backoff_factor=0.2,
             status_forcelist=(429, 500, 502, 503, 504),
             allowed_methods=("GET", "HEAD"),
@@ -34,7 +36,7 @@ class HttpSource(BlockSource):
             respect_retry_after_header=True,
         )
         timeout = urllib3.Timeout(connect=_TIMEOUT, read=_TIMEOUT)
-        self._http = urllib3.PoolManager(maxsize=8, retries=retries, timeout=timeout)
+        self._http = Pools(maxsize=8, retries=retries, timeout=timeout)
         # ValueError: urllib3 takes any digits of Retry-After for a number, and int() does not take thousands.
         self._broken: tuple[type[Exception], ...] = (urllib3.exceptions.HTTPError, ValueError)
         self._url = url
@@ -76,7 +78,7 @@ class HttpSource(BlockSource):
             body = answer.read(length + 1, decode_content=False)
             answer.release_conn()
         except self._broken as error:
-            raise SourceError(f"cannot be fetched: {_reason(error)}", file=self._url, offset=offset) from error
+            raise SourceError(f"cannot be fetched: {reason(error)}", file=self._url, offset=offset) from error
         return answer, bytes(body)
 
     def fetch(self, offset: int, length: int) -> bytes:
@@ -149,7 +151,3 @@ def _is_of_nothing(answer: Any) -> bool:
     if answer.status == 200:
         return bool(answer.headers.get("Content-Length") == "0")
     return answer.status == 416 and answer.headers.get("Content-Range", "").replace(" ", "") == "bytes*/0"
-
-
-def _reason(error: Exception) -> str:
-    return str(getattr(error, "reason", None) or error).partition(">: ")[2] or str(error)

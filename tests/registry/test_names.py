@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from diskmorph.formats.docker_registry.reference import is_local, is_reference, parse_reference
+from diskmorph.formats.docker_registry.reference import is_reference, parse_reference
 from diskmorph.formats.errors import OptionError
+from diskmorph.formats.pools import is_local
 
 SHA = "sha256:" + "a" * 64
 
