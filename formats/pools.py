@@ -55,13 +55,13 @@ class Pools:
 
 def proxy_for(url: str) -> str | None:
     """Return the proxy by way of which a URL is asked for; None: directly, as this machine's own names always are."""
-    from urllib.request import getproxies_environment, proxy_bypass_environment  # noqa: PLC0415 - only for URLs
+    from urllib import request  # noqa: PLC0415 - only for URLs
 
-    proxies = getproxies_environment()
+    proxies = request.getproxies_environment()
     parts = urlsplit(url)
     proxy = proxies.get(parts.scheme) or proxies.get("all")
     host = parts.netloc.rpartition("@")[2]
-    if not proxy or is_local(host) or proxy_bypass_environment(host, proxies):
+    if not proxy or is_local(host) or request.proxy_bypass(host, proxies):
         return None
     return proxy if "://" in proxy else f"http://{proxy}"
 

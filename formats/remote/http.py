@@ -150,4 +150,5 @@ def _is_of_nothing(answer: Any) -> bool:
     """Return whether the file is empty: it has no first byte, as servers say by 200 or 416 (RFC 9110, 15.5.17)."""
     if answer.status == 200:
         return bool(answer.headers.get("Content-Length") == "0")
-    return answer.status == 416 and answer.headers.get("Content-Range", "").replace(" ", "") == "bytes*/0"
+    span = str(answer.headers.get("Content-Range", ""))
+    return bool(answer.status == 416 and span.replace(" ", "") == "bytes*/0")
