@@ -148,7 +148,7 @@ def compare(folder: Path, runs: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--data", type=int, default=GIB // 2, help="bytes of real files on the disk")
     options = parser.parse_args()
     missing = [name for name in ("qemu-img", "nbdkit", "nbdcopy") if shutil.which(name) is None]

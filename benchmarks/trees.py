@@ -172,7 +172,7 @@ def lookups(archive: Path, room: Path) -> None:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--tree", choices=("debian", "many", "both"), default="both")
     parser.add_argument(
         "--room", type=Path, default=Path("/dev/shm"), help="where everything lies; on a disk, the disk is measured too"
