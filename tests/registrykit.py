@@ -10,12 +10,12 @@ import json
 import re
 import socket
 import subprocess
-import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from treekit import Snapshot, told
+from webservers import Handler, WebServer
 
 from diskmorph.formats.trees import open_tree
 
@@ -104,19 +104,15 @@ class Reply(NamedTuple):
     body: bytes = b""
 
 
-class Proxy(http.server.ThreadingHTTPServer):
+class Proxy(WebServer):
     """Stands before a registry. `rule(request)` may answer by itself; `mend(request, body)` changes what is passed on.
 
     `cut` bytes of a blob's body pass, then the connection is reset, `cuts` times; `drops` uploads break off.
     `ranges`: whether it knows of them.
     """
 
-    daemon_threads = True
-
     def __init__(self, registry: Registry | None = None, context: ssl.SSLContext | None = None) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        if context is not None:
-            self.socket = context.wrap_socket(self.socket, server_side=True)
+        super().__init__(_Handler, context)
         self.scheme = "http" if context is None else "https"
         self.registry = registry
         self.requests: list[Request] = []
@@ -124,27 +120,17 @@ class Proxy(http.server.ThreadingHTTPServer):
         self.mend: Callable[[Request, bytes], bytes] = lambda _, body: body
         self.cut = self.cuts = self.drops = 0
         self.ranges = True
-        self.host = f"localhost:{self.server_address[1]}"
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        self.host = f"localhost:{self.port}"
 
     def handle_error(self, *_: object) -> None:
         """Clients hang up, as they should."""
-
-    def server_close(self) -> None:
-        """Close it; its thread ends first, or it goes on asking a descriptor that is another server's by then."""
-        self.shutdown()
-        super().server_close()
 
     def asked(self, what: str, method: str = "GET") -> list[Request]:
         return [one for one in self.requests if one.method == method and what in one.path]
 
 
-class _Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class _Handler(Handler):
     server: Proxy
-
-    def log_message(self, *_: object) -> None:
-        pass
 
     def _do(self) -> None:
         server = self.server

@@ -28,11 +28,10 @@ from registrykit import (
     put,
 )
 from treekit import same, tar_entry, tar_file
+from webservers import server_side
 
 from diskmorph.formats.docker_registry.transport import Transport
 from diskmorph.formats.errors import SourceError
-
-from testkit import run
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -347,12 +346,7 @@ def test_plain_http_where_the_user_says_so(registry: Registry, open_image: str) 
 @pytest.fixture
 def tls(home: Path) -> ssl.SSLContext:
     """A server's side with a certificate of its own."""
-    words = ("-nodes", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-subj", "/CN=localhost")
-    files = ("-keyout", home / "key", "-out", home / "certificate", "-addext", "subjectAltName=DNS:localhost")
-    run("openssl", "req", "-x509", *words, *files, "-days", "2")
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(home / "certificate", home / "key")
-    return context
+    return server_side(home, "localhost")
 
 
 def test_https(registry: Registry, open_image: str, home: Path, tls, monkeypatch) -> None:

@@ -1,15 +1,14 @@
 """http:// by ranges, against a server that throttles, resets, breaks off and changes its file."""
 
 import hashlib
-import http.server
 import random
 import re
 import socket
-import threading
 import time
 
 import pytest
 from clikit import dm
+from webservers import Handler, WebServer
 
 import diskmorph
 from diskmorph.formats.errors import IntegrityError, SourceError, TargetError
@@ -18,13 +17,11 @@ from diskmorph.formats.remote.http import HttpSource
 from testkit import MIB, content, data, little_disk, run, write_image
 
 
-class Server(http.server.ThreadingHTTPServer):
+class Server(WebServer):
     """Serves `body`; `faults` are drawn for each request: reset, break, 503, slow."""
 
-    daemon_threads = True
-
     def __init__(self, body: bytes, *, faults: float = 0.0, ranges: bool = True) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(Serving)
         self.body, self.faults, self.ranges = body, faults, ranges
         self.etag = '"one"'
         self.rng = random.Random(3)
@@ -34,23 +31,14 @@ class Server(http.server.ThreadingHTTPServer):
         self.elsewhere = False  # a cache that answers every range with the first bytes, and says so
         self.most = 1 << 40  # bytes of an answer; fewer than asked for are allowed (RFC 9110, 15.3.7)
         self.busy = ""  # what it says of how long to wait: it has no time at all
-        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
-
-    def server_close(self) -> None:
-        self.shutdown()  # or its thread goes on asking a descriptor that is another's by then
-        super().server_close()
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/disk.img"
+        return f"http://127.0.0.1:{self.port}/disk.img"
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class Serving(Handler):
     server: Server
-
-    def log_message(self, *_: object) -> None:
-        pass
 
     def do_GET(self) -> None:
         server = self.server
