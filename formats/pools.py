@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 from diskmorph.formats.errors import SourceError
 
-_OBJECT = re.compile(r"^(?:<.*?>|HTTPS?Connection\(.*?\)): ")
+_OBJECT = re.compile(r"^(?:<.*?>|HTTPS?Connection(?:Pool)?\(.*?\)): ")
 
 
 class Pools:

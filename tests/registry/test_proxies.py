@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import base64
-import http.server
 import os
 import socket
 import ssl
 import threading
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 import pytest
+import urllib3
 from clikit import dm
 from ocikit import folder, oci_layout
 from registrykit import Registry, content, login, proxy, put
 from treekit import tar_entry, tar_file
+from webservers import Handler, WebServer, server_side
 
 from diskmorph.formats.errors import SourceError
-from diskmorph.formats.pools import proxy_for
+from diskmorph.formats.pools import proxy_for, reason
 from diskmorph.formats.remote.http import HttpSource
 
-from testkit import MIB, data, run
+from testkit import MIB, data
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,32 +32,21 @@ DISK = data("behind a proxy", MIB)
 SECRET = "Basic " + base64.b64encode(b"me:p@ss word").decode()
 
 
-class Gateway(http.server.ThreadingHTTPServer):
+class Gateway(WebServer):
     """A proxy with a password: it serves a file of any host itself, and leads every CONNECT to one port."""
 
-    daemon_threads = True
-
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.port = 0
+        super().__init__(_Handler)
+        self.far = 0
         self.asked: list[tuple[str, str]] = []
-        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     @property
     def url(self) -> str:
-        return f"http://me:p%40ss%20word@127.0.0.1:{self.server_address[1]}"
-
-    def server_close(self) -> None:
-        self.shutdown()
-        super().server_close()
+        return f"http://me:p%40ss%20word@127.0.0.1:{self.port}"
 
 
-class _Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class _Handler(Handler):
     server: Gateway
-
-    def log_message(self, *_: object) -> None:
-        pass
 
     def _let_in(self) -> bool:
         self.server.asked.append((self.command, self.path))
@@ -82,7 +71,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if not self._let_in():
             return
         self.close_connection = True
-        with socket.create_connection(("127.0.0.1", self.server.port)) as far:
+        with socket.create_connection(("127.0.0.1", self.server.far)) as far:
             self.send_response(200)
             self.end_headers()
             back = threading.Thread(target=_pump, args=(far, self.connection), daemon=True)
@@ -128,15 +117,10 @@ def test_a_password_that_is_wrong_is_told(gateway: Gateway, monkeypatch: pytest.
 
 
 @pytest.fixture
-def far(registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ssl.SSLContext:
+def far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ssl.SSLContext:
     """The server's side of https://registry.example, whose certificate is known."""
-    words = ("-nodes", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-subj", "/CN=registry.example")
-    files = ("-keyout", tmp_path / "key", "-out", tmp_path / "crt", "-addext", "subjectAltName=DNS:registry.example")
-    run("openssl", "req", "-x509", *words, *files, "-days", "2")
-    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "crt"))
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(tmp_path / "crt", tmp_path / "key")
-    return context
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "certificate"))
+    return server_side(tmp_path, "registry.example")
 
 
 def test_a_registry_is_reached_through_a_tunnel(
@@ -146,7 +130,7 @@ def test_a_registry_is_reached_through_a_tunnel(
     login(home / "docker", "registry.example")
     monkeypatch.setenv("HTTPS_PROXY", gateway.url)
     with proxy(registry, far) as server:
-        gateway.port = server.server_address[1]
+        gateway.far = server.port
         assert b"etc/word" in content("docker://registry.example/app:1")
         dm("convert", home / "layout", "docker://registry.example/app:2").ok()
         assert "Proxy-Authorization" not in {name for one in server.requests for name in one.headers}
@@ -184,4 +168,10 @@ def test_what_is_no_proxy(named: str, gateway: Gateway, monkeypatch: pytest.Monk
     for words in (("info", "https://a.example/x"), ("ls", "docker://a.example/x")):
         found = dm(*words)
         assert found.status == 1 and "proxy that the environment names" in found.err and "secret" not in found.err
-    assert urlsplit(gateway.url).port and not gateway.asked
+    assert not gateway.asked
+
+
+def test_reasons_do_not_tell_of_objects() -> None:
+    pool = urllib3.HTTPConnectionPool("a.example")
+    late = urllib3.exceptions.ReadTimeoutError(pool, "/x", "Read timed out.")
+    assert reason(urllib3.exceptions.MaxRetryError(pool, "/x", late)) == "Read timed out."
