@@ -28,11 +28,10 @@ _MOST_OPTION = 1 << 16
 _MOST_ROWS = 4096
 _FLAGS = wire.HAS_FLAGS | wire.READ_ONLY | wire.SEND_FLUSH | wire.CAN_MULTI_CONN
 _CONTEXT = 1
-
-
 _PASSING = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ECONNABORTED, errno.EINTR))
 """Why a client is not accepted now, and may be in a moment: those who are served go on (accept(2))."""
 _PAUSE = 0.1
+"""Seconds until it is tried again."""
 
 
 class _Gone(Exception):  # noqa: N818 - no error: the client has left
